@@ -1,0 +1,53 @@
+# Everything starts from Python (3.11 or newer) and make; each target sets up what it needs, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test test-gpu check format bench bench-micro compile-report clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+setup: $(READY) ## create .venv with the exact versions of constraints.txt
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "ipa_kernels needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@echo "== setting up $(VENV) (once; torch, triton and diffusers are downloaded)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) ## run a small pipeline with an IP-Adapter, stock and accelerated; writes demo.png
+	@echo "== stock against accelerated, on a small pipeline with random weights"
+	@$(BIN)/ipa-kernels demo
+
+test: $(READY) ## run the tests (CPU; the kernel runs in Triton's interpreter)
+	@echo "== tests"
+	@$(BIN)/python -m pytest --numprocesses=2
+
+test-gpu: $(READY) ## run the gpu-marked tests
+	@$(BIN)/python -m pytest -m gpu
+
+check: $(READY) ## format, lint, types, direction of imports
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(READY) ## format the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(READY) ## compare the attention core with stock, after the correctness gate
+	@$(BIN)/python -m benchmarks.attention
+
+bench-micro: $(READY) ## the micro-benchmarks that CI can track
+	@$(BIN)/python -m pytest tests/test_benchmarks.py --benchmark-only
+
+compile-report: $(READY) ## compile the launch table for every GPU, without one, and count
+	@$(BIN)/python -m benchmarks.compile_report
+
+clean: ## remove .venv and caches
+	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks

@@ -1,0 +1,54 @@
+"""Image prompts (IP-Adapters) in diffusers at no cost: `ipa_kernels.enable(pipe)`.
+
+Importing this package does nothing: no device query, no import of triton or diffusers. A name is loaded when it is used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .integration import accelerated, clear_cache, disable, enable, explain
+    from .ops import UnsupportedError, decoupled_attention
+    from .report import FallbackWarning, LayerReport, Report
+
+_HOMES = {
+    "accelerated": "integration",
+    "clear_cache": "integration",
+    "disable": "integration",
+    "enable": "integration",
+    "explain": "integration",
+    "decoupled_attention": "ops",
+    "UnsupportedError": "ops",
+    "LayerReport": "report",
+    "Report": "report",
+    "FallbackWarning": "report",
+}
+
+__all__ = [
+    "FallbackWarning",
+    "LayerReport",
+    "Report",
+    "UnsupportedError",
+    "accelerated",
+    "clear_cache",
+    "decoupled_attention",
+    "disable",
+    "enable",
+    "explain",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("ipa-kernels")
+    if name == "reference":
+        return importlib.import_module(".reference", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
