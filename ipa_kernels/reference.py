@@ -1,0 +1,114 @@
+"""The truth, and the ruler that measures the distance from it. torch only, written for reading.
+
+    out = softmax(Q·Kᵗ·scale)·V + Σᵢ wᵢ · softmax(Q·Kᵢᵗ·scale)·Vᵢ        wᵢ(b, m) = image_scalesᵢ(b) · image_masksᵢ(b, m)
+
+B batch, H heads, M queries, N keys of the text, Nᵢ keys of image branch i, D head dim (arXiv:2308.06721, section 3.2.2).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """softmax(Q·Kᵗ·scale + bias)·V, step by step in the dtype of the inputs."""
+    scores = query @ key.transpose(-1, -2) * scale
+    if bias is not None:
+        scores = scores + bias
+    return scores.softmax(dim=-1) @ value
+
+
+def decoupled_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    image_keys: Sequence[Tensor],
+    image_values: Sequence[Tensor],
+    *,
+    image_scales: float | Sequence[float] | Tensor = 1.0,
+    image_masks: Sequence[Tensor | None] | None = None,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`ipa_kernels.decoupled_attention` with the same arguments, unvalidated, in any float dtype; [B, H, M, D]."""
+    batch = query.shape[0]
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scales = torch.as_tensor(image_scales, dtype=query.dtype, device=query.device).expand(batch, len(image_keys))
+    masks = image_masks if image_masks is not None else [None] * len(image_keys)
+
+    out = attention(query, key, value, attn_mask, scale)
+    for i, (image_key, image_value, mask) in enumerate(zip(image_keys, image_values, masks, strict=True)):
+        weight = scales[:, i, None, None, None]
+        image = weight * attention(query, image_key, image_value, None, scale)
+        if mask is not None:
+            image = image * mask.to(query.dtype).expand(batch, query.shape[2])[:, None, :, None]
+        # selected, not multiplied: a branch of scale 0 contributes nothing even where it holds NaN
+        out = torch.where(weight == 0, out, out + image)
+    return out
+
+
+def largest_score(query: Tensor, keys: Sequence[Tensor], scale: float | None = None) -> float:
+    """The largest |Q·Kᵗ·scale| over all branches, in float64."""
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    return max(float((query.double() @ key.double().transpose(-1, -2) * scale).abs().max()) for key in keys)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Distances from float64 of a result and of stock's, and the largest distances that the result is allowed."""
+
+    rms: float
+    max: float
+    stock_rms: float
+    stock_max: float
+    allowed_rms: float
+    allowed_max: float
+
+    @property
+    def within(self) -> bool:
+        """Whether the result is as close to float64 as promised; False where it is NaN."""
+        return self.rms <= self.allowed_rms and self.max <= self.allowed_max
+
+    def __str__(self) -> str:
+        verdict = "within" if self.within else "EXCEEDS"
+        return (
+            f"rms {self.rms:.3e} (stock {self.stock_rms:.3e}, allowed {self.allowed_rms:.3e}), "
+            f"max {self.max:.3e} (stock {self.stock_max:.3e}, allowed {self.allowed_max:.3e}): {verdict} the budget"
+        )
+
+
+def compare(actual: Tensor, stock: Tensor, truth: Tensor, *, score: float = 1.0, text_only: bool = False) -> Comparison:
+    """Measure `actual` against the float64 `truth`, beside what stock reaches in the same dtype.
+
+    `actual` and `stock` share a dtype, and all three a shape; `score` is `largest_score` of the inputs and matters in
+    float32 only; `text_only` says that there is no image branch. The allowance is a statement about error statistics:
+    use it over at least 1,000 values.
+
+    float16, bfloat16: rms ≤ 1.0 × stock's (text alone 1.05 ×), max ≤ 1.5 × stock's.
+    float32: rms ≤ the larger of 1.2 × stock's and 4 eps · rms(truth) · max(1, score), max ≤ 2 × stock's.
+    """
+    if truth.dtype != torch.float64:
+        raise ValueError(f"truth: expected torch.float64, got {truth.dtype}")
+    if actual.dtype != stock.dtype:
+        raise ValueError(f"actual and stock: expected the same dtype, got {actual.dtype} and {stock.dtype}")
+    if not actual.shape == stock.shape == truth.shape:
+        raise ValueError(
+            "actual, stock and truth: expected the same shape, got "
+            f"{tuple(actual.shape)}, {tuple(stock.shape)} and {tuple(truth.shape)}"
+        )
+    rms, largest = _distance(actual, truth)
+    stock_rms, stock_largest = _distance(stock, truth)
+    if actual.dtype == torch.float32:
+        floor = 4 * torch.finfo(torch.float32).eps * float(truth.square().mean().sqrt()) * max(1.0, score)
+        allowed_rms, allowed_max = max(1.2 * stock_rms, floor), 2 * stock_largest
+    else:
+        allowed_rms, allowed_max = (1.05 if text_only else 1.0) * stock_rms, 1.5 * stock_largest
+    return Comparison(rms, largest, stock_rms, stock_largest, allowed_rms, allowed_max)
+
+
+def _distance(actual: Tensor, truth: Tensor) -> tuple[float, float]:
+    error = actual.double() - truth
+    return float(error.square().mean().sqrt()), float(error.abs().max())

@@ -1,0 +1,40 @@
+"""What every test gets: the interpreter where there is no GPU, a device to run on, memory that is poisoned until written."""
+
+import os
+
+import pytest
+import torch
+
+# Tiny tensors on two test processes: more threads only wait for each other.
+torch.set_num_threads(1)
+
+# Triton reads this when a kernel is decorated, so it is set before anything imports one.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    lifted = pytest.mark.skip(reason="needs a CUDA or ROCm GPU: run `make test-gpu` on a machine that has one")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(lifted)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the kernel runs: a GPU, or the CPU under Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.empty` returns NaN: a value that a kernel forgot to write cannot pass for one that it wrote."""
+    empty = torch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.dtype.is_floating_point and not tensor.is_meta else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
