@@ -1,0 +1,1 @@
+"""One driver per question; `python -m benchmarks.<driver> --help`."""

@@ -1,0 +1,1 @@
+"""The kernels and their launch table: triton only, no validation, no allocation policy."""
