@@ -1,0 +1,6 @@
+"""The functional op: arguments are validated, an implementation is chosen, the result is allocated. No diffusers here."""
+
+from .decoupled_attention import decoupled_attention
+from .support import UnsupportedError
+
+__all__ = ["UnsupportedError", "decoupled_attention"]

@@ -1,0 +1,142 @@
+"""The public op: validate, choose an implementation, allocate."""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import eager
+from .arguments import Problem, check_arguments
+from .support import (
+    UnsupportedError,
+    allows_tf32,
+    automatic_reasons,
+    call_reasons,
+    describe,
+    kernel_module,
+    launch_config,
+)
+
+IMPLEMENTATIONS = ("auto", "triton", "eager")
+
+
+def decoupled_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    image_keys: Sequence[Tensor],
+    image_values: Sequence[Tensor],
+    *,
+    image_scales: float | Sequence[float] | Tensor = 1.0,
+    image_masks: Sequence[Tensor | None] | None = None,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    r"""Decoupled cross-attention: softmax(Q·Kᵗ·scale)·V + Σᵢ scaleᵢ·maskᵢ · softmax(Q·Kᵢᵗ·scale)·Vᵢ.
+
+    Each branch has its own softmax (arXiv:2308.06721, section 3.2.2; diffusers `IPAdapterAttnProcessor2_0`).
+
+    Args:
+        query: ``[B, H, M, D]``, float16, bfloat16 or float32 (float64 runs eagerly), as in SDPA.
+        key, value: ``[B or 1, H, N, D]``, the text branch; dtype and device of ``query``.
+        image_keys, image_values: sequences of ``[B or 1, H, Nᵢ, D]``, one per image branch; may be empty.
+        image_scales: a number for all branches, a sequence of numbers, or a floating tensor ``[n]`` or ``[B, n]`` on the
+            device of ``query`` or the CPU. The kernel reads it as float32; eager rounds a tensor to the dtype of ``query``. A
+            branch whose scale is 0 contributes exactly nothing, whatever it holds.
+        image_masks: None, or one entry per image branch: None or a floating tensor ``[M]`` or ``[B or 1, M]``, a weight per
+            query; any value is allowed.
+        attn_mask: a floating bias that is added to the text branch's scores, broadcastable to ``[B, H, M, N]``.
+        scale: the softmax scale; ``1/sqrt(D)`` by default.
+        impl: ``"auto"`` is the kernel on a supported GPU, else eager; ``"triton"`` is the kernel or an error; ``"eager"`` is
+            SDPA per branch, in the order of operations of stock diffusers.
+
+    Returns:
+        ``[B, H, M, D]``, stored ``[B, M, H, D]``: transposing back to ``[B, M, H·D]`` is free.
+
+    Raises:
+        TypeError: an argument is of the wrong kind.
+        ValueError: an argument has the wrong shape, dtype, device or number of entries; or ``impl`` is unknown.
+        UnsupportedError: ``impl="triton"`` and the kernel cannot run; the message lists every reason.
+    """
+    problem = check_arguments(query, key, value, image_keys, image_values, image_scales, image_masks, attn_mask, scale)
+    chosen, _ = choose(problem, impl)
+    return run(problem, chosen)
+
+
+def check_impl(impl: str) -> None:
+    """Raise ValueError unless `impl` is one of the three names."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
+
+
+def choose(problem: Problem, impl: str) -> tuple[str, str]:
+    """("triton" or "eager", why not the kernel); raises UnsupportedError where "triton" is demanded and cannot be."""
+    check_impl(impl)
+    if impl == "eager":
+        return "eager", 'impl="eager"'
+    reasons = call_reasons(problem)
+    if impl == "auto":
+        reasons += automatic_reasons(problem.query.device, problem.query.dtype)
+    elif reasons:
+        raise UnsupportedError(f'impl="triton" cannot run {describe(problem)}: ' + "; ".join(reasons))
+    return ("eager", "; ".join(reasons)) if reasons else ("triton", "")
+
+
+def run(problem: Problem, impl: str) -> Tensor:
+    """Run the implementation that `choose` named."""
+    return _triton(problem) if impl == "triton" else eager.decoupled_attention(problem)
+
+
+def _triton(problem: Problem) -> Tensor:
+    query = problem.query
+    batch, heads, queries, head_dim = query.shape
+    config = launch_config(query.device, query.dtype, head_dim, queries)
+    kernel = kernel_module()
+    assert config is not None, "call_reasons was empty"
+    assert kernel is not None, "call_reasons was empty"
+    out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=query.device).transpose(1, 2)
+    with _on(query.device):
+        kernel.launch(
+            out,
+            query,
+            tuple(key.expand(batch, -1, -1, -1) for key in problem.keys),
+            tuple(value.expand(batch, -1, -1, -1) for value in problem.values),
+            _scales_for_kernel(problem),
+            tuple(None if mask is None else _mask_for_kernel(mask, query) for mask in problem.masks),
+            problem.softmax_scale,
+            allows_tf32(query.device),
+            config,
+        )
+    return out
+
+
+def _on(device: torch.device) -> torch.cuda.device:
+    # Triton launches on the current device; an index of -1 leaves it alone
+    return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
+def _scales_for_kernel(problem: Problem) -> Tensor | None:
+    """[B, n] in float32 on the device of the query."""
+    if not problem.masks:
+        return None
+    scales = problem.scales
+    if isinstance(scales, Tensor):
+        scales = scales.to(problem.query.device, torch.float32)
+    else:
+        scales = _scales_on_device(scales, problem.query.device)
+    return scales.expand(problem.query.shape[0], -1)
+
+
+@functools.lru_cache(maxsize=256)
+def _scales_on_device(scales: tuple[float, ...], device: torch.device) -> Tensor:
+    # remembered by value: copying a few numbers to a GPU costs more than the kernel
+    return torch.tensor([scales], dtype=torch.float32, device=device)
+
+
+def _mask_for_kernel(mask: Tensor, query: Tensor) -> Tensor:
+    """[B, M] with unit last stride, in a dtype that the kernel reads."""
+    if mask.dtype not in (torch.float32, query.dtype):
+        mask = mask.to(torch.float32)
+    return (mask if mask.stride(1) == 1 else mask.contiguous()).expand(query.shape[0], -1)

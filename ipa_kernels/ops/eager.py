@@ -1,0 +1,48 @@
+"""The eager twin: one scaled dot product attention per branch, in the order of operations of stock diffusers.
+
+`diffusers.models.attention_processor.IPAdapterAttnProcessor2_0`: out = out + scale · (attention · mask), each step rounded to
+the dtype of the query. On the CPU in float32 the result is stock's, bit for bit.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .arguments import Problem, default_softmax_scale
+
+
+def decoupled_attention(problem: Problem) -> Tensor:
+    """[B, H, M, D], stored [B, M, H, D]."""
+    out = _attention(problem, 0, problem.attn_mask)
+    for i, mask in enumerate(problem.masks):
+        scale = _scale(problem, i)
+        if isinstance(scale, float) and scale == 0:
+            continue
+        image = _attention(problem, i + 1, None)
+        if mask is not None:
+            image = image * mask.to(image.dtype)[:, None, :, None]
+        if isinstance(scale, Tensor):
+            # selected, not multiplied: a branch of scale 0 contributes nothing even where it holds NaN
+            out = torch.where(scale == 0, out, out + scale * image)
+            continue
+        out = out + scale * image
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _attention(problem: Problem, branch: int, bias: Tensor | None) -> Tensor:
+    query = problem.query
+    batch = query.shape[0]
+    key, value = problem.keys[branch].expand(batch, -1, -1, -1), problem.values[branch].expand(batch, -1, -1, -1)
+    if bias is not None:
+        bias = bias.to(query.dtype)
+    # stock leaves the default to SDPA, which computes it in its own precision
+    default = problem.softmax_scale == default_softmax_scale(query.shape[-1])
+    scale = None if default else problem.softmax_scale
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+
+
+def _scale(problem: Problem, i: int) -> float | Tensor:
+    scales = problem.scales
+    if isinstance(scales, Tensor):
+        return scales[:, i, None, None, None].to(problem.query.device, problem.query.dtype)
+    return scales[i]

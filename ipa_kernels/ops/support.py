@@ -1,0 +1,124 @@
+"""What the kernel does not support, and why: every reason at once, from metadata alone."""
+
+import functools
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..kernels import launch_table
+from .arguments import Problem
+
+
+class UnsupportedError(ValueError):
+    """The kernel was demanded (`impl="triton"`) where it cannot run; the message lists every reason."""
+
+
+_BITS = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32}
+
+
+@functools.cache
+def _import_kernel() -> ModuleType:
+    return importlib.import_module("ipa_kernels.kernels.decoupled_attention")
+
+
+def kernel_module() -> ModuleType | None:
+    """`ipa_kernels.kernels.decoupled_attention`, or None where triton cannot be imported."""
+    try:
+        return _import_kernel()
+    except ImportError:
+        return None
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """ "sm_90" or "gfx942" of a CUDA or ROCm device."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def allows_tf32(device: torch.device) -> bool:
+    """Whether torch allows TF32 in the float32 matrix products of this device."""
+    return device.type == "cuda" and bool(torch.backends.cuda.matmul.allow_tf32)
+
+
+def launch_config(device: torch.device, dtype: torch.dtype, head_dim: int, queries: int) -> launch_table.LaunchConfig | None:
+    """The launch parameters for supported inputs."""
+    kernel = kernel_module()
+    if kernel is not None and kernel.INTERPRETED:
+        return launch_table.INTERPRETED
+    return launch_table.find(architecture(device), _BITS[dtype], head_dim, queries)
+
+
+def layer_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
+    """Why the kernel cannot run a layer, as far as that is known before there are inputs; empty where it can."""
+    kernel = kernel_module()
+    reasons = []
+    if kernel is None:
+        reasons.append("triton: cannot be imported; install ipa-kernels[triton]")
+    interpreted = kernel is not None and kernel.INTERPRETED
+    if device.type not in ("cpu", "cuda"):
+        reasons.append(f"device {device}: the kernel runs on CUDA and ROCm GPUs")
+    elif device.type == "cpu" and not interpreted:
+        reasons.append("device cpu: the kernel needs a GPU (or TRITON_INTERPRET=1, set before the import, to debug it)")
+    if interpreted and dtype == torch.bfloat16:
+        reasons.append("dtype torch.bfloat16: Triton's interpreter multiplies its bit patterns; use float32 or float16 there")
+    if dtype not in _BITS:
+        reasons.append(f"dtype {dtype}: the kernel computes in float16, bfloat16 and float32")
+    if head_dim % 8 or head_dim > launch_table.LARGEST_HEAD_DIM:
+        reasons.append(f"head dim {head_dim}: the kernel needs a multiple of 8 up to {launch_table.LARGEST_HEAD_DIM}")
+    elif device.type == "cuda" and not interpreted and dtype in _BITS:
+        refused = launch_table.refusal(architecture(device), _BITS[dtype], head_dim)
+        if refused is not None:
+            reasons.append(refused)
+    return reasons
+
+
+def automatic_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why `impl="auto"` prefers eager to a kernel that could run: it is not meant for use, or it is slower."""
+    kernel = kernel_module()
+    if kernel is not None and kernel.INTERPRETED:
+        return ['Triton\'s interpreter: runs for impl="triton" only']
+    if device.type == "cuda" and dtype == torch.float32 and not allows_tf32(device):
+        return [
+            "dtype torch.float32: no tensor cores in IEEE precision; torch.backends.cuda.matmul.allow_tf32 = True lifts this"
+        ]
+    return []
+
+
+def call_reasons(problem: Problem) -> list[str]:
+    """Why the kernel cannot run this very call; empty where it can."""
+    query = problem.query
+    reasons = layer_reasons(query.device, query.dtype, query.shape[3])
+    if problem.attn_mask is not None:
+        reasons.append("attn_mask: the kernel takes no bias on the text branch")
+    if not 0 < problem.softmax_scale < float("inf"):
+        reasons.append(f"scale {problem.softmax_scale}: the kernel needs a positive softmax scale")
+    if query.shape[0] > 65535:
+        reasons.append(f"batch {query.shape[0]}: a GPU grid ends at 65535")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in problem.tensors()):
+        reasons.append("gradient: an input requires grad and the kernel has no backward; use torch.no_grad() or eager")
+    for name, tensor in _named(problem):
+        if tensor.shape[3] > 1 and tensor.stride(3) != 1:
+            reasons.append(f"{name} strides {tuple(tensor.stride())}: the kernel needs a last stride of 1")
+    return reasons
+
+
+def _named(problem: Problem) -> list[tuple[str, Tensor]]:
+    branches = ["", *(f"[{i}]" for i in range(len(problem.keys) - 1))]
+    named = [("query", problem.query)]
+    for i, branch in enumerate(branches):
+        prefix = "image_" if i else ""
+        suffix = f"s{branch}" if i else ""
+        named.append((f"{prefix}key{suffix}", problem.keys[i]))
+        named.append((f"{prefix}value{suffix}", problem.values[i]))
+    return named
+
+
+def describe(problem: Problem) -> str:
+    """Shapes, dtype and device of a call, for messages."""
+    lengths = ", ".join(str(length) for length in problem.lengths)
+    return f"query {list(problem.query.shape)}, keys per branch ({lengths}), {problem.query.dtype}, {problem.query.device}"

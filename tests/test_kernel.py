@@ -1,0 +1,271 @@
+"""The kernel against the float64 oracle, never farther from it than stock diffusers is: the rule is `reference.compare`.
+
+Without a GPU the kernel runs in Triton's interpreter, in float32 and float16. Every tensor is a view into a larger one that is
+NaN elsewhere: a read outside the view cannot go unnoticed.
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ipa_kernels import decoupled_attention, reference
+from ipa_kernels.cases import CASES, Inputs
+
+DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+HEAD_DIMS = [8, 24, 40, 64, 80, 88, 128, 160, 256]
+QUERIES = [63, 65, 100]
+KEYS = [1, 4, 15, 16, 17, 77, 81, 154, 257, 600]
+
+
+# The budget compares statistics of random errors. In float32 those of one row of queries are correlated, and the ratio of two
+# largest errors has a standard deviation of 0.2 over 64 rows, 0.17 over 500: tests take as many rows as they can afford.
+ROWS = 500
+ROWS_OF_ONE_QUERY = 128
+
+
+def fresh_seed() -> int:
+    """Another one in every run; printed, so that a failure can be repeated."""
+    seed = torch.seed() % 2**31
+    print(f"seed {seed}")
+    return seed
+
+
+def island(values: Tensor) -> Tensor:
+    """The same values as [B, H, N, D], stored [B, N, H, D] as a window into memory that is NaN all around."""
+    batch, heads, length, head_dim = values.shape
+    sea = torch.full((batch + 1, length + 3, heads + 1, head_dim + 8), float("nan"), dtype=values.dtype, device=values.device)
+    view = sea[:batch, 1 : length + 1, :heads, :head_dim]
+    view.copy_(values.transpose(1, 2))
+    return view.transpose(1, 2)
+
+
+def random_inputs(
+    batch: int, heads: int, queries: int, head_dim: int, lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device,
+    *, masked: bool = True,
+) -> Inputs:  # fmt: skip
+    generator = torch.Generator().manual_seed(fresh_seed())
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    keys = [island(normal(batch, heads, n, head_dim)) for n in lengths]
+    values = [island(normal(batch, heads, n, head_dim)) for n in lengths]
+    scales = normal(batch, len(lengths) - 1).bfloat16().float()
+    masks = tuple(normal(batch, queries) if masked and i % 2 == 0 else None for i in range(len(lengths) - 1))
+    query = island(normal(batch, heads, queries, head_dim))
+    return Inputs(query, keys[0], values[0], tuple(keys[1:]), tuple(values[1:]), scales, masks)
+
+
+def assert_within_budget(inputs: Inputs, **options: float) -> Tensor:
+    positional, keywords = inputs.arguments()
+    actual = decoupled_attention(*positional, **keywords, **options, impl="triton")
+    stock = decoupled_attention(*positional, **keywords, **options, impl="eager")
+    exact, exact_keywords = inputs.to(torch.float64).arguments()
+    truth = reference.decoupled_attention(*exact, **exact_keywords, **options)
+    score = reference.largest_score(inputs.query, (inputs.key, *inputs.image_keys), options.get("scale"))
+    assert actual.shape == inputs.query.shape
+    assert actual.isfinite().all(), "a value was not written, or NaN was read from outside"
+    result = reference.compare(actual, stock, truth, score=score, text_only=not inputs.image_keys)
+    assert result.within, str(result)
+    return actual
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_named_cases(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    assert_within_budget(CASES[name].small().inputs(dtype, device, seed=fresh_seed()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("head_dim", "length", "queries", "batch"),
+    [
+        # every head dim with every length; queries and batch take turns
+        (head_dim, length, QUERIES[(i + j) % 3], 1 + j % 3)
+        for (i, head_dim), (j, length) in itertools.product(enumerate(HEAD_DIMS), enumerate(KEYS))
+    ],
+)
+def test_odd_shapes(head_dim: int, length: int, queries: int, batch: int, dtype: torch.dtype, device: torch.device) -> None:
+    heads = math.ceil(ROWS / (batch * queries))
+    image = KEYS[(KEYS.index(length) + head_dim // 8) % len(KEYS)]
+    assert_within_budget(random_inputs(batch, heads, queries, head_dim, (length, image), dtype, device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [(77,), (600,), (77, 4, 257, 16), (154, 1, 81)], ids=str)
+def test_numbers_of_branches(lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    assert_within_budget(random_inputs(2, 4, 65, 40, lengths, dtype, device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head_dim", "lengths"), list(zip(HEAD_DIMS, itertools.cycle([(77, 4), (600, 17)]), strict=False)))
+def test_one_query(head_dim: int, lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    assert_within_budget(random_inputs(2, ROWS_OF_ONE_QUERY // 2, 1, head_dim, lengths, dtype, device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [-1.5, 42.0, 1e-3])
+def test_unusual_image_scales(scale: float, dtype: torch.dtype, device: torch.device) -> None:
+    inputs = random_inputs(2, 4, 65, 64, (77, 4, 257), dtype, device)
+    inputs.image_scales[:, 0] = scale
+    inputs.image_scales[0, 1] = scale
+    assert_within_budget(inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_beyond_float16(dtype: torch.dtype, device: torch.device) -> None:
+    # 1e5 overflows float16, its product with these values does not
+    inputs = random_inputs(1, 4, 65, 64, (77, 16), dtype, device, masked=False)
+    inputs.image_scales.fill_(1e5)
+    small = tuple(value * 1e-2 for value in inputs.image_values)
+    positional, _ = inputs.arguments()
+    actual = decoupled_attention(*positional[:4], small, image_scales=inputs.image_scales, impl="triton")
+    exact, keywords = inputs.to(torch.float64).arguments()
+    truth = reference.decoupled_attention(*exact[:4], [s.double() for s in small], **keywords)
+    assert (actual.double() - truth).abs().max() < 4 * torch.finfo(dtype).eps * truth.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # numpy, in the interpreter, for the poisoned row
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_branch_of_scale_zero_contributes_nothing(dtype: torch.dtype, device: torch.device) -> None:
+    inputs = random_inputs(3, 2, 65, 40, (77, 16, 4), dtype, device)
+    without, _ = inputs.arguments()
+    poison = torch.full_like(inputs.image_keys[0], float("nan"))
+    scales = inputs.image_scales.clone()
+    scales[:, 0] = 0
+    alone = decoupled_attention(
+        *without[:3], inputs.image_keys[1:], inputs.image_values[1:],
+        image_scales=scales[:, 1:], image_masks=inputs.image_masks[1:], impl="triton",
+    )  # fmt: skip
+    poisoned = decoupled_attention(
+        *without[:3], (poison, inputs.image_keys[1]), (poison, inputs.image_values[1]),
+        image_scales=scales, image_masks=inputs.image_masks, impl="triton",
+    )  # fmt: skip
+    assert torch.equal(alone, poisoned)
+    # per row of the batch: row 1 only
+    scales[:, 0] = torch.tensor([0.5, 0.0, 0.5])
+    mixed = decoupled_attention(
+        *without[:3], (poison, inputs.image_keys[1]), (poison, inputs.image_values[1]),
+        image_scales=scales, image_masks=inputs.image_masks, impl="triton",
+    )  # fmt: skip
+    assert torch.equal(mixed[1], alone[1])
+    assert mixed[0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [(77, 16), (257, 154)], ids=str)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_of_60000(sign: int, lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    inputs = random_inputs(2, 4, 65, 64, lengths, dtype, device)
+    largest = reference.largest_score(inputs.query, (inputs.key, *inputs.image_keys))
+    factor = (6e4 / largest) ** 0.5
+    inputs.query.mul_(factor)
+    for key in (inputs.key, *inputs.image_keys):
+        key.mul_(sign * factor)
+    assert_within_budget(inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_image_scores_200_below_those_of_text(dtype: torch.dtype, device: torch.device) -> None:
+    inputs = random_inputs(2, 4, 65, 64, (77, 16), dtype, device)
+    inputs.query[..., 0] = 20
+    inputs.key[..., 0] = 40
+    inputs.image_keys[0][..., 0] = -40
+    gap = reference.attention(inputs.query.double(), inputs.key.double(), inputs.value.double(), None, 1 / 8)
+    assert gap.isfinite().all()
+    actual = assert_within_budget(inputs)
+    text, _ = inputs.arguments()
+    assert not torch.equal(actual, decoupled_attention(*text[:3], (), (), impl="triton")), "the image branch vanished"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_branches_are_not_one_softmax(dtype: torch.dtype, device: torch.device) -> None:
+    inputs = random_inputs(2, 2, 65, 64, (77, 16), dtype, device, masked=False)
+    positional, _ = inputs.arguments()
+    joint = decoupled_attention(*positional, impl="triton")
+    halves = [[half for tensor in tensors for half in tensor.split(8, dim=2)] for tensors in positional[3:]]
+    split = decoupled_attention(*positional[:3], *halves, impl="triton")
+    assert (joint - split).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("scale", [0.03, 1.0])
+def test_softmax_scale(scale: float, device: torch.device) -> None:
+    assert_within_budget(random_inputs(2, 2, 65, 40, (77, 16), torch.float32, device), scale=scale)
+
+
+@pytest.mark.parametrize("form", ["[M]", "[1, M]", "[B, M]", "every other of [B, 2M]"])
+@pytest.mark.parametrize("mask_dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_forms_of_masks(form: str, mask_dtype: torch.dtype, device: torch.device) -> None:
+    inputs = random_inputs(3, 2, 65, 40, (77, 16), torch.float32, device, masked=False)
+    shape = {"[M]": (65,), "[1, M]": (1, 65), "[B, M]": (3, 65), "every other of [B, 2M]": (3, 130)}[form]
+    mask = torch.randn(shape, dtype=mask_dtype, device=device)
+    mask = mask[:, ::2] if mask.shape[-1] == 130 else mask
+    masked = Inputs(**{**vars(inputs), "image_masks": (mask,)})
+    assert_within_budget(masked)
+
+
+@pytest.mark.parametrize("scales", [0.5, [0.5, -1], (1, 2.0), "[n]", "[B, n]", "[n] float64", "[B, n] float16"], ids=str)
+def test_forms_of_scales(scales: object, device: torch.device) -> None:
+    inputs = random_inputs(3, 2, 65, 40, (77, 16, 4), torch.float32, device)
+    if isinstance(scales, str):
+        dtype = {"float64": torch.float64, "float16": torch.float16}.get(scales.split()[-1], torch.float32)
+        scales = torch.tensor([0.5, -0.25] if scales.startswith("[n]") else [[0.5, 1], [2, -1], [0, 3]], dtype=dtype)
+    positional, keywords = inputs.arguments()
+    keywords["image_scales"] = scales
+    actual = decoupled_attention(*positional, **keywords, impl="triton")
+    truth = reference.decoupled_attention(*positional, **keywords)
+    torch.testing.assert_close(actual, truth)
+
+
+def test_batch_expanded_and_shared_inputs(device: torch.device) -> None:
+    one = random_inputs(1, 2, 65, 64, (77, 16), torch.float32, device)
+    queries = random_inputs(3, 2, 65, 64, (77,), torch.float32, device).query
+    expanded = Inputs(
+        queries, one.key.expand(3, -1, -1, -1), one.value, (one.image_keys[0].expand(3, -1, -1, -1),), one.image_values,
+        one.image_scales.expand(3, -1), one.image_masks,
+    )  # fmt: skip
+    assert expanded.key.stride(0) == 0
+    assert_within_budget(expanded)
+
+
+def test_head_major_inputs(device: torch.device) -> None:
+    inputs = random_inputs(2, 3, 65, 64, (77, 16), torch.float32, device)
+    same = Inputs(
+        inputs.query.contiguous(), inputs.key.contiguous(), inputs.value, tuple(k.contiguous() for k in inputs.image_keys),
+        inputs.image_values, inputs.image_scales, inputs.image_masks,
+    )  # fmt: skip
+    assert torch.equal(assert_within_budget(same), assert_within_budget(inputs))
+
+
+def test_the_result_is_stored_with_heads_beside_each_other(device: torch.device) -> None:
+    inputs = random_inputs(2, 3, 65, 64, (77, 16), torch.float32, device)
+    positional, keywords = inputs.arguments()
+    for impl in ("triton", "eager"):
+        assert decoupled_attention(*positional, **keywords, impl=impl).transpose(1, 2).is_contiguous()
+
+
+def test_the_same_bits_every_time(device: torch.device) -> None:
+    inputs = random_inputs(2, 2, 65, 40, (77, 16, 257), torch.float16, device)
+    positional, keywords = inputs.arguments()
+    first, *others = (decoupled_attention(*positional, **keywords, impl="triton") for _ in range(5))
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_offsets_beyond_32_bits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the second batch row of every tensor lies 2**31 elements behind the first; the memory between is never touched
+    monkeypatch.undo()
+    far = 2**31 + 64
+    inputs = random_inputs(2, 2, 9, 16, (17, 4), torch.float16, device)
+
+    def spread(tensor: Tensor) -> Tensor:
+        memory = torch.empty(far + tensor[0].numel(), dtype=tensor.dtype, device=tensor.device)
+        view = memory.as_strided(tensor.shape, (far, *tensor[0].contiguous().stride()))
+        return view.copy_(tensor)
+
+    expected = decoupled_attention(*inputs.arguments()[0], impl="triton")
+    for name in ("query", "key"):
+        moved = Inputs(**{**vars(inputs), name: spread(getattr(inputs, name))})
+        assert torch.equal(decoupled_attention(*moved.arguments()[0], impl="triton"), expected)
