@@ -1,0 +1,224 @@
+"""enable, disable, accelerated, explain, clear_cache: the switch on a diffusers pipeline or UNet.
+
+State belongs to the UNet: pipelines that share one are switched together. The UNet gets one attribute and one forward pre-hook,
+which takes over IP-Adapters that are loaded later; each processor gets another class and one attribute.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .ops.decoupled_attention import UnsupportedError, check_impl
+from .report import LayerReport, Report
+from .session import Session
+
+_STATE = "_ipa_kernels"
+_OFF = "IPA_KERNELS_DISABLE"
+
+
+class _Watch:
+    """The pre-hook of an enabled UNet: takes over, before a step, the processors that were loaded since the last one."""
+
+    def __init__(self, unet: nn.Module, session: Session) -> None:
+        self.session = session
+        self.attentions = dict(_attentions(unet))
+        self.handle: Any = None
+
+    def __call__(self, unet: nn.Module, arguments: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.take_over_new([])
+
+    def take_over_new(self, taken: list[nn.Module]) -> None:
+        """Take over every stock IP-Adapter processor, and note in `taken` which."""
+        families = _families()
+        for name, attention in self.attentions.items():
+            processor = attention.processor
+            if type(processor) in families.FUSED:
+                families.take_over(processor, name, self.session)
+                taken.append(processor)
+
+
+def enable(target: Any, *, impl: str = "auto", cache: bool = True) -> Report:
+    """Run the IP-Adapter layers of a pipeline in one kernel each; a second call replaces the options.
+
+    Args:
+        target: a diffusers pipeline with a UNet, or the UNet itself. It need not have an IP-Adapter yet: one that is loaded
+            later is taken over on the next step.
+        impl: "auto" is the kernel where it runs, else eager attention, which is bit for bit stock's; each distinct reason warns
+            once (`ipa_kernels.FallbackWarning`). "triton" never falls back. "eager" never uses the kernel.
+        cache: whether to keep what is constant during a generation. Nothing is kept yet.
+
+    Returns:
+        A `Report` of what is planned, layer by layer.
+
+    Raises:
+        TypeError: a target of a kind that is not known.
+        ValueError: an unknown `impl`.
+        UnsupportedError: `impl="triton"` and a layer cannot run the kernel; the message lists every reason.
+        ImportError: diffusers is not installed.
+
+    Whatever is raised, the target is as before. With IPA_KERNELS_DISABLE=1 in the environment nothing is done, and the report
+    says so.
+    """
+    check_impl(impl)
+    unet = _unet(target)
+    if os.environ.get(_OFF) == "1":
+        report = explain(target)
+        report.note = f"{_OFF}=1: enable did nothing"
+        return report
+    families = _families()
+    if impl == "triton":
+        _demand_kernel(unet)
+    watch = _watch(unet) or _Watch(unet, Session(impl, cache))
+    taken: list[nn.Module] = []
+    try:
+        watch.take_over_new(taken)
+    except BaseException:
+        for processor in taken:
+            families.give_back(processor)
+        raise
+    if watch.handle is None:
+        watch.handle = unet.register_forward_pre_hook(watch)
+        setattr(unet, _STATE, watch)
+    watch.session.impl, watch.session.cache = impl, cache
+    return explain(target)
+
+
+def disable(target: Any) -> None:
+    """Undo `enable` exactly: the same processor objects with their own class again. Does nothing where it is not enabled.
+
+    Raises TypeError for a target of a kind that is not known, ImportError without diffusers.
+    """
+    unet = _unet(target)
+    watch = _watch(unet)
+    if watch is None:
+        return
+    families = _families()
+    installed = (attention.processor for attention in watch.attentions.values())
+    for processor in {*installed, *watch.session.processors}:
+        if type(processor) in families.STOCK:
+            families.give_back(processor)
+    watch.handle.remove()
+    delattr(unet, _STATE)
+
+
+@contextmanager
+def accelerated(target: Any, *, impl: str = "auto", cache: bool = True) -> Iterator[Report]:
+    """`enable` for the length of a with-block; the state that it found comes back, the report is refreshed on exit."""
+    before = _watch(_unet(target))
+    options = (before.session.impl, before.session.cache) if before is not None else None
+    report = enable(target, impl=impl, cache=cache)
+    try:
+        yield report
+    finally:
+        note = report.note
+        vars(report).update(vars(explain(target)))
+        report.note = note or report.note
+        if options is None:
+            disable(target)
+        else:
+            # not through enable(): what was in force before needs no new permission
+            before.session.impl, before.session.cache = options
+
+
+def explain(target: Any) -> Report:
+    """A snapshot of which layer runs what, and why not the kernel.
+
+    Raises TypeError for a target of a kind that is not known, ImportError without diffusers.
+    """
+    unet = _unet(target)
+    families = _families()
+    watch = _watch(unet)
+    impl = watch.session.impl if watch is not None else "auto"
+    device, dtype = _execution_device(unet), unet.dtype
+    layers = []
+    for name, attention in _attentions(unet):
+        processor = attention.processor
+        if not families.is_adapter(processor):
+            continue
+        planned, reasons = families.layer_plan(attention, processor, impl, device, dtype)
+        layer = getattr(processor, "_ipa_layer", None)
+        if watch is None:
+            layers.append(LayerReport(name, "stock", None, "not enabled", 0))
+        elif layer is None or layer.impl is None:
+            layers.append(LayerReport(name, planned, None, "; ".join(reasons), 0))
+        else:
+            layers.append(LayerReport(name, planned, layer.impl, layer.reason, layer.calls))
+    note = "" if layers else "no IP-Adapter is loaded: one that is loaded later is taken over on the next step"
+    return Report(
+        target=type(target).__name__,
+        enabled=watch is not None,
+        impl=None if watch is None else impl,
+        note=note if watch is not None else "",
+        layers=layers,
+    )
+
+
+def clear_cache(target: Any) -> None:
+    """Drop everything remembered from earlier generations. Nothing is remembered yet, so that there is nothing to drop.
+
+    Raises TypeError for a target of a kind that is not known, ImportError without diffusers.
+    """
+    _unet(target)
+
+
+def _families() -> ModuleType:
+    try:
+        from .processors import unet
+    except ImportError as error:
+        raise ImportError(f"ipa_kernels.enable needs diffusers: pip install 'ipa-kernels[diffusers]' ({error})") from error
+    return unet
+
+
+def _unet(target: Any) -> Any:
+    """The UNet of a pipeline, a compiled UNet's original, or the UNet itself."""
+    _families()
+    from diffusers.loaders import UNet2DConditionLoadersMixin
+
+    unet = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
+    unet = getattr(unet, "_orig_mod", unet)
+    if not isinstance(unet, UNet2DConditionLoadersMixin):
+        raise TypeError(
+            "target: expected a diffusers pipeline with a UNet that takes IP-Adapters, or that UNet (UNet2DConditionModel, "
+            f"UNetMotionModel), got {type(target).__name__}"
+        )
+    return unet
+
+
+def _watch(unet: nn.Module) -> Any:
+    return vars(unet).get(_STATE)
+
+
+def _attentions(unet: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, Attention) of every attention layer of the blocks, in the order of the modules."""
+    for name, module in unet.named_modules():
+        if hasattr(module, "set_processor") and not name.startswith("encoder_hid_proj"):
+            yield name, module
+
+
+def _execution_device(unet: Any) -> torch.device:
+    """Where the UNet computes: an offloaded one keeps its weights elsewhere."""
+    for module in unet.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return torch.device(unet.device)
+
+
+def _demand_kernel(unet: Any) -> None:
+    families = _families()
+    device, dtype = _execution_device(unet), unet.dtype
+    refused: dict[str, list[str]] = {}
+    for name, attention in _attentions(unet):
+        if families.is_adapter(attention.processor):
+            _, reasons = families.layer_plan(attention, attention.processor, "triton", device, dtype)
+            for reason in reasons:
+                refused.setdefault(reason, []).append(name)
+    if refused:
+        lines = (f"{reason} ({len(names)} layers, first {names[0]})" for reason, names in refused.items())
+        raise UnsupportedError(f'impl="triton" cannot run this model ({dtype}, {device}): ' + "; ".join(lines))

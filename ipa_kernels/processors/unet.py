@@ -1,0 +1,268 @@
+"""UNets: the three IP-Adapter processors of diffusers 0.42 (`diffusers/models/attention_processor.py`).
+
+A processor is taken over by changing its class to a subclass that adds no parameter: it stays the same object with the same
+weights, and giving the class back undoes it. What a subclass cannot do exactly it hands to the class that it came from.
+"""
+
+import inspect
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from diffusers.image_processor import IPAdapterMaskProcessor
+from diffusers.models.attention_processor import (
+    Attention,
+    IPAdapterAttnProcessor,
+    IPAdapterAttnProcessor2_0,
+    IPAdapterXFormersAttnProcessor,
+)
+from torch import Tensor, nn
+
+from ..ops import UnsupportedError
+from ..ops.arguments import Problem, check_arguments
+from ..ops.decoupled_attention import choose, run
+from ..ops.support import automatic_reasons, layer_reasons
+from ..session import Layer, Session
+
+
+class _Fused:
+    """What the three subclasses share. The class that was replaced is next in the order of resolution."""
+
+    # whether eager attention gives the result of the replaced class bit for bit
+    eager_is_exact = False
+
+    _ipa_layer: Layer
+    scale: list[Any]
+    to_k_ip: nn.ModuleList
+    to_v_ip: nn.ModuleList
+    parameters: Callable[[], Any]
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        scale: float = 1.0,
+        ip_adapter_masks: Any = None,
+    ) -> Tensor:
+        """diffusers' processor call: hidden_states [B, M, C] and (text, [image tokens, ...]) to [B, M, C]."""
+
+        def stock() -> Tensor:
+            # diffusers names the last parameters and drops arguments that a processor does not name
+            return super(_Fused, self).__call__(  # type: ignore[misc, no-any-return]
+                attn, hidden_states, encoder_hidden_states, attention_mask, temb, scale, ip_adapter_masks
+            )
+
+        if torch.compiler.is_compiling():
+            return stock()
+        layer = self._ipa_layer
+        impl = layer.session.impl
+        reasons = self._unusual(attn, hidden_states, encoder_hidden_states, attention_mask, ip_adapter_masks)
+        if not reasons and not self.eager_is_exact and impl != "triton":
+            _, reasons = layer_plan(attn, self, impl, hidden_states.device, hidden_states.dtype)
+        if reasons:
+            if impl == "triton":
+                raise UnsupportedError(f'{layer.name}: impl="triton" cannot run this call: ' + "; ".join(reasons))
+            layer.record("stock", "; ".join(reasons))
+            return stock()
+
+        text, images = encoder_hidden_states
+        problem = self._problem(attn, hidden_states, text, images, ip_adapter_masks)
+        chosen, reason = choose(problem, impl)
+        if chosen == "eager" and not self.eager_is_exact:
+            layer.record("stock", reason)
+            return stock()
+        layer.record(chosen, reason)
+        out = run(problem, chosen)
+        out = out.transpose(1, 2).reshape(hidden_states.shape[0], hidden_states.shape[1], -1)
+        return attn.to_out[1](attn.to_out[0](out))  # type: ignore[no-any-return]
+
+    def _unusual(
+        self, attn: Attention, hidden_states: Tensor, states: Any, attention_mask: Tensor | None, masks: Any
+    ) -> list[str]:
+        """Why only the replaced class may run this call; every check is one that costs nothing."""
+        reasons = _unusual_attention(attn)
+        if attention_mask is not None:
+            reasons.append("attention_mask: only diffusers' own code takes one")
+        if hidden_states.ndim != 3:
+            reasons.append(f"hidden_states with {hidden_states.ndim} dimensions: expected [batch, queries, channels]")
+        if not _is_pair(states):
+            return [
+                *reasons,
+                "encoder_hidden_states: not a pair of text and a list of image tokens (deprecated in diffusers)",
+            ]
+        text, images = states
+        if len(images) != len(self.to_k_ip) or not isinstance(self.scale, list) or len(self.scale) != len(images):
+            return [*reasons, f"{len(images)} image inputs for {len(self.to_k_ip)} adapters with scales {self.scale}"]
+        if any(state.ndim not in (3, 4) for state in images):
+            reasons.append("image tokens: expected [batch, images, tokens, channels]")
+        batches = {hidden_states.shape[0], text.shape[0], *(state.shape[0] for state in images)}
+        if len(batches) > 1:
+            reasons.append(f"batch sizes {sorted(batches)} of queries, text and images differ: diffusers folds them")
+        reasons += self._unusual_masks(masks, images, hidden_states.shape[0])
+        if torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in chain((hidden_states, text, *images), attn.parameters(), self.parameters())
+        ):
+            reasons.append("gradient: the kernel has no backward yet; torch.no_grad() lifts this")
+        return reasons
+
+    def _unusual_masks(self, masks: Any, images: list[Tensor], batch: int) -> list[str]:
+        """Masks or scales for which diffusers raises, or that it broadcasts in its own way."""
+        if masks is None:
+            masks = [None] * len(images)
+        elif isinstance(masks, Tensor):
+            return ["ip_adapter_masks: a tensor, not a list of tensors"]
+        elif len(masks) != len(images):
+            return [f"ip_adapter_masks: {len(masks)} masks for {len(images)} adapters"]
+        for scale, mask, state in zip(self.scale, masks, images, strict=True):
+            scales = scale if isinstance(scale, list) else [scale]
+            if any(type(s) not in (int, float) for s in scales):
+                return [f"adapter scale {scale!r}: expected a number or a list of numbers"]
+            if mask is None:
+                if isinstance(scale, list) and any(s != 0 for s in scale):
+                    return ["adapter scales per image: they need ip_adapter_masks"]
+                continue
+            if not isinstance(mask, Tensor) or mask.ndim != 4 or state.ndim != 4 or mask.shape[1] != state.shape[1]:
+                return ["ip_adapter_masks: expected [1, images, height, width] for each adapter"]
+            if mask.shape[0] not in (1, batch) or (isinstance(scale, list) and len(scale) != mask.shape[1]):
+                return [f"ip_adapter_masks: {list(mask.shape)} for a batch of {batch} with scale {scale!r}"]
+        return []
+
+    def _problem(self, attn: Attention, hidden_states: Tensor, text: Tensor, images: list[Tensor], masks: Any) -> Problem:
+        """Project, in stock's order and shapes; an adapter of scale 0 is left out, its projections are not run."""
+        heads = attn.heads
+        query = attn.to_q(hidden_states)
+        key = attn.to_k(text)
+        value = attn.to_v(text)
+        head_dim = key.shape[-1] // heads
+
+        def split(states: Tensor) -> Tensor:
+            return states.view(states.shape[0], -1, heads, head_dim).transpose(1, 2)
+
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        scales: list[float] = []
+        vectors: list[Tensor | None] = []
+        adapters = zip(images, self.scale, self.to_k_ip, self.to_v_ip, masks or [None] * len(images), strict=True)
+        for state, scale, to_k_ip, to_v_ip, mask in adapters:
+            if all(s == 0 for s in scale) if isinstance(scale, list) else scale == 0:
+                continue
+            if mask is None:
+                # all images of an unmasked adapter share one softmax
+                keys.append(split(to_k_ip(state)))
+                values.append(split(to_v_ip(state)))
+                scales.append(scale)
+                vectors.append(None)
+                continue
+            for i in range(mask.shape[1]):
+                keys.append(split(to_k_ip(state[:, i])))
+                values.append(split(to_v_ip(state[:, i])))
+                scales.append(scale[i] if isinstance(scale, list) else scale)
+                vectors.append(_mask_vector(mask[:, i], query))
+        return check_arguments(
+            split(query), split(key), split(value), keys, values, scales, vectors, None, self._softmax_scale(attn)
+        )
+
+    def _softmax_scale(self, attn: Attention) -> float | None:
+        return float(attn.scale)
+
+
+def _unusual_attention(attn: Attention) -> list[str]:
+    """Parts of an Attention that no UNet with an IP-Adapter has, and that only the replaced class honours."""
+    parts = {
+        "spatial_norm": attn.spatial_norm is not None,
+        "group_norm": attn.group_norm is not None,
+        "norm_cross": bool(attn.norm_cross),
+        "residual_connection": bool(attn.residual_connection),
+        "rescale_output_factor": attn.rescale_output_factor != 1,
+    }
+    return [f"attention with {part}: only diffusers' own code honours it" for part, there in parts.items() if there]
+
+
+def _is_pair(states: Any) -> bool:
+    """Whether this is (text, [image tokens, ...]), which is what a UNet with an IP-Adapter passes."""
+    return (
+        isinstance(states, tuple)
+        and len(states) == 2
+        and isinstance(states[0], Tensor)
+        and states[0].ndim == 3
+        and isinstance(states[1], list | tuple)
+        and all(isinstance(state, Tensor) for state in states[1])
+    )
+
+
+def _mask_vector(mask: Tensor, query: Tensor) -> Tensor:
+    """[B or 1, M]: one channel of the mask that stock multiplies with, in the dtype that it rounds to."""
+    vector: Tensor = IPAdapterMaskProcessor.downsample(mask, mask.shape[0], query.shape[1], 1)[..., 0]
+    return vector.to(dtype=query.dtype, device=query.device)
+
+
+class FusedIPAdapterAttnProcessor(_Fused, IPAdapterAttnProcessor):  # type: ignore[misc]
+    """In the place of `IPAdapterAttnProcessor`, which computes its scores by baddbmm."""
+
+
+class FusedIPAdapterAttnProcessor2_0(_Fused, IPAdapterAttnProcessor2_0):  # type: ignore[misc]
+    """In the place of `IPAdapterAttnProcessor2_0`, which every load of an IP-Adapter installs."""
+
+    eager_is_exact = True
+
+    def _softmax_scale(self, attn: Attention) -> float | None:
+        # the replaced class ignores attn.scale
+        return None
+
+
+class FusedIPAdapterXFormersAttnProcessor(_Fused, IPAdapterXFormersAttnProcessor):  # type: ignore[misc]
+    """In the place of `IPAdapterXFormersAttnProcessor`. The name must contain XFormers: diffusers' loader looks for it."""
+
+    def _unusual_masks(self, masks: Any, images: list[Tensor], batch: int) -> list[str]:
+        if masks is not None:
+            return ["ip_adapter_masks with xFormers: diffusers rounds them to float16 first"]
+        return super()._unusual_masks(masks, images, batch)
+
+
+FUSED: dict[type, Any] = {
+    IPAdapterAttnProcessor: FusedIPAdapterAttnProcessor,
+    IPAdapterAttnProcessor2_0: FusedIPAdapterAttnProcessor2_0,
+    IPAdapterXFormersAttnProcessor: FusedIPAdapterXFormersAttnProcessor,
+}
+STOCK: dict[type, Any] = {fused: stock for stock, fused in FUSED.items()}
+
+# `Attention.forward` asks for the signature in every call; a stored one is four times as fast to get
+_Fused.__call__.__signature__ = inspect.signature(_Fused.__call__)  # type: ignore[attr-defined]
+
+
+def take_over(processor: nn.Module, name: str, session: Session) -> None:
+    """Make a stock processor ours."""
+    processor._ipa_layer = Layer(name, session)  # type: ignore[assignment]
+    processor.__class__ = FUSED[type(processor)]
+    session.processors.add(processor)
+
+
+def give_back(processor: nn.Module) -> None:
+    """The inverse of `take_over`."""
+    processor.__class__ = STOCK[type(processor)]
+    del processor._ipa_layer
+
+
+def is_adapter(processor: object) -> bool:
+    """Whether a processor is one of diffusers' IP-Adapter processors for UNets, taken over or not."""
+    return isinstance(processor, tuple(FUSED))
+
+
+def layer_plan(
+    attn: Attention, processor: object, impl: str, device: torch.device, dtype: torch.dtype
+) -> tuple[str, list[str]]:
+    """("triton", "eager" or "stock", why not the kernel) for a layer, as far as it is known before there are inputs."""
+    kind = STOCK.get(type(processor), type(processor))
+    if kind not in FUSED:
+        return "stock", [f"processor {kind.__name__}: not one of diffusers' own classes"]
+    fallback = "eager" if FUSED[kind].eager_is_exact else "stock"
+    if impl == "eager":
+        return fallback, ['impl="eager"']
+    reasons = layer_reasons(device, dtype, attn.inner_dim // attn.heads)
+    if impl == "auto":
+        reasons += automatic_reasons(device, dtype)
+    return (fallback, reasons) if reasons else ("triton", [])

@@ -1,0 +1,81 @@
+"""What the user is told: which layer ran what, and why not the kernel."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+
+class FallbackWarning(UserWarning):
+    """Something ran without the kernel; the text says what, why, and what would lift it. Once for each reason."""
+
+
+class CacheReport(NamedTuple):
+    """What the caches did since the last `enable` or `clear_cache`."""
+
+    hits: int = 0
+    misses: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One attention layer that has an IP-Adapter.
+
+    planned: what `enable` expects to run; impl: what the last call ran, None before the first. Both are "triton", "eager" or
+    "stock" (handed to diffusers' own code). reason: why not the kernel, "" where it is the kernel. calls: calls since `enable`.
+    """
+
+    name: str
+    planned: str
+    impl: str | None
+    reason: str
+    calls: int
+
+
+@dataclass
+class Report:
+    """A snapshot of what runs where. The counts take what a layer ran last, before its first call what is planned."""
+
+    target: str
+    enabled: bool
+    impl: str | None = None
+    note: str = ""
+    layers: list[LayerReport] = field(default_factory=list)
+    cache: CacheReport = field(default_factory=CacheReport)
+
+    @property
+    def triton(self) -> int:
+        """The number of layers that run the kernel."""
+        return self._count("triton")
+
+    @property
+    def eager(self) -> int:
+        """The number of layers that run one attention per branch."""
+        return self._count("eager")
+
+    @property
+    def stock(self) -> int:
+        """The number of layers that diffusers' own code runs."""
+        return self._count("stock")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        counts = {"triton": self.triton, "eager": self.eager, "stock": self.stock}
+        return {**asdict(self), "cache": self.cache._asdict(), **counts}
+
+    def __str__(self) -> str:
+        state = f"enabled, impl={self.impl!r}" if self.enabled else "not enabled"
+        head = f"{self.target}: {state}; {len(self.layers)} IP-Adapter layers"
+        lines = [f"{head}: {self.triton} triton, {self.eager} eager, {self.stock} stock" if self.layers else head]
+        if self.note:
+            lines.append(f"  {self.note}")
+        groups = Counter((layer.impl or layer.planned, layer.impl is None, layer.calls, layer.reason) for layer in self.layers)
+        for (impl, planned, calls, reason), layers in groups.items():
+            what = "planned" if planned else f"{calls} calls each"
+            lines.append(f"  {layers:>4} x {impl:6} {what}{': ' + reason if reason else ''}")
+        if any(self.cache):
+            lines.append(f"  cache: {self.cache.hits} hits, {self.cache.misses} misses, {self.cache.bytes} bytes")
+        return "\n".join(lines)
+
+    def _count(self, impl: str) -> int:
+        return sum((layer.impl or layer.planned) == impl for layer in self.layers)

@@ -1,0 +1,54 @@
+"""What an enabled UNet and its processors remember. None of it is a parameter, and none of it survives a copy or a pickle.
+
+A deepcopy or an unpickled copy of an enabled model stays enabled, with the same options and nothing counted.
+"""
+
+import warnings
+import weakref
+from typing import Any
+
+import torch
+
+from .report import FallbackWarning
+
+
+class Session:
+    """Shared by the processors of one UNet: the options, the reasons warned about, and which processors were taken over."""
+
+    def __init__(self, impl: str, cache: bool) -> None:
+        self.impl = impl
+        self.cache = cache
+        self.warned: set[str] = set()
+        # weak: a processor that diffusers has dropped is gone, one that it has put aside is still found
+        self.processors: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+    def warn_once(self, reason: str, instead: str) -> None:
+        """Warn that `instead` runs, the first time for this reason."""
+        if reason not in self.warned:
+            self.warned.add(reason)
+            warnings.warn(f"ipa_kernels: {instead} instead of the kernel: {reason}", FallbackWarning, stacklevel=2)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Session, (self.impl, self.cache)
+
+
+class Layer:
+    """What one processor remembers: its place, and what its last call ran."""
+
+    def __init__(self, name: str, session: Session) -> None:
+        self.name = name
+        self.session = session
+        self.impl: str | None = None
+        self.reason = ""
+        self.calls = 0
+
+    def record(self, impl: str, reason: str) -> None:
+        """Note what a call runs; warn about a fallback that the user did not ask for."""
+        self.impl = impl
+        self.reason = reason
+        self.calls += 1
+        if reason and self.session.impl == "auto":
+            self.session.warn_once(reason, "eager attention runs" if impl == "eager" else "diffusers' own code runs")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Layer, (self.name, self.session)

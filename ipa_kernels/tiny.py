@@ -1,0 +1,198 @@
+"""Small pipelines and IP-Adapters with random weights, built in code: what the demo and the tests run without a hub.
+
+The architectures are diffusers' own, only narrow; the adapters are state dicts in the checkpoint format of the original
+IP-Adapter repository, so that `load_ip_adapter` does all the work that it does for real weights.
+"""
+
+import math
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
+from torch import Tensor
+
+CROSS_ATTENTION_DIM = 64
+IMAGE_EMBED_DIM = 32
+"""Width of the pooled embeddings of the image encoder, and of its hidden states."""
+
+
+def stable_diffusion(seed: int = 0, *, encoders: bool = False) -> Any:
+    """A StableDiffusionPipeline like SD 1.5: the same number of heads at every width. With CLIP encoders on request."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        sample_size=16,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=CROSS_ATTENTION_DIM,
+        attention_head_dim=4,  # the number of heads, in configs of this age
+    )
+    parts = _encoders() if encoders else dict.fromkeys(("tokenizer", "text_encoder", "image_encoder", "feature_extractor"))
+    return StableDiffusionPipeline(
+        unet=unet,
+        vae=_vae(),
+        scheduler=_scheduler(),
+        safety_checker=None,
+        requires_safety_checker=False,
+        **parts,
+    )
+
+
+def stable_diffusion_xl(seed: int = 0) -> Any:
+    """A StableDiffusionXLPipeline: head dim 16 at every width, several blocks per layer, time ids and pooled text."""
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        sample_size=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=CROSS_ATTENTION_DIM,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        transformer_layers_per_block=(1, 2),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + IMAGE_EMBED_DIM,
+    )
+    return StableDiffusionXLPipeline(
+        unet=unet,
+        vae=_vae(),
+        scheduler=_scheduler(),
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        add_watermarker=False,
+    )
+
+
+def base_adapter(unet: Any, seed: int = 0) -> dict[str, dict[str, Tensor]]:
+    """The checkpoint of a base IP-Adapter: 4 image tokens from one linear projection of the pooled embedding."""
+    random = _Random(seed)
+    projection = {
+        "proj.weight": random(4 * CROSS_ATTENTION_DIM, IMAGE_EMBED_DIM),
+        "proj.bias": random(4 * CROSS_ATTENTION_DIM),
+        "norm.weight": 1 + random(CROSS_ATTENTION_DIM),
+        "norm.bias": random(CROSS_ATTENTION_DIM),
+    }
+    return {"image_proj": projection, "ip_adapter": _attention_weights(unet, random)}
+
+
+def plus_adapter(unet: Any, seed: int = 0, tokens: int = 16) -> dict[str, dict[str, Tensor]]:
+    """The checkpoint of an IP-Adapter Plus: `tokens` image tokens from a four-layer resampler over the hidden states."""
+    random = _Random(seed)
+    width = 64
+    projection = {
+        "latents": random(1, tokens, width),
+        "proj_in.weight": random(width, IMAGE_EMBED_DIM),
+        "proj_in.bias": random(width),
+        "proj_out.weight": random(CROSS_ATTENTION_DIM, width),
+        "proj_out.bias": random(CROSS_ATTENTION_DIM),
+        "norm_out.weight": 1 + random(CROSS_ATTENTION_DIM),
+        "norm_out.bias": random(CROSS_ATTENTION_DIM),
+    }
+    for i in range(4):
+        for norm in (f"layers.{i}.0.norm1", f"layers.{i}.0.norm2", f"layers.{i}.1.0"):
+            projection |= {f"{norm}.weight": 1 + random(width), f"{norm}.bias": random(width)}
+        projection |= {
+            f"layers.{i}.0.to_q.weight": random(64, width),
+            f"layers.{i}.0.to_kv.weight": random(128, width),
+            f"layers.{i}.0.to_out.weight": random(width, 64),
+            f"layers.{i}.1.1.weight": random(4 * width, width),
+            f"layers.{i}.1.3.weight": random(width, 4 * width),
+        }
+    return {"image_proj": projection, "ip_adapter": _attention_weights(unet, random)}
+
+
+def load(pipe: Any, *adapters: dict[str, dict[str, Tensor]]) -> None:
+    """`load_ip_adapter` with checkpoints from memory; no image encoder is looked for."""
+    blanks = [""] * len(adapters)
+    pipe.load_ip_adapter(list(adapters), subfolder=blanks, weight_name=blanks, image_encoder_folder=None)
+
+
+class _Random:
+    """Random weights, scaled by their fan-in so that activations keep their size."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator) / math.sqrt(shape[-1])
+
+
+def _attention_weights(unet: Any, random: _Random) -> dict[str, Tensor]:
+    """to_k_ip and to_v_ip of every cross-attention, numbered as in the original checkpoints: 1, 3, 5, ..."""
+    weights: dict[str, Tensor] = {}
+    cross = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    for i, name in enumerate(cross):
+        attention = unet.get_submodule(name.removesuffix(".processor"))
+        blank = IPAdapterAttnProcessor2_0(attention.inner_dim, attention.cross_attention_dim).state_dict()
+        for kind in ("to_k_ip", "to_v_ip"):
+            weights[f"{2 * i + 1}.{kind}.weight"] = random(*blank[f"{kind}.0.weight"].shape)
+    return weights
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(32, 32),
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        latent_channels=4,
+        sample_size=32,
+    )
+
+
+def _scheduler() -> DDIMScheduler:
+    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+
+
+def _encoders() -> dict[str, Any]:
+    """A byte-level CLIP tokenizer, and tiny random CLIP encoders for text and images."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTokenizer,
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+    )
+
+    letters = sorted(ByteLevel.alphabet())
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
+    text = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=CROSS_ATTENTION_DIM,
+        intermediate_size=2 * CROSS_ATTENTION_DIM,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=77,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=IMAGE_EMBED_DIM,
+        intermediate_size=2 * IMAGE_EMBED_DIM,
+        projection_dim=IMAGE_EMBED_DIM,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+    )
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": CLIPTextModel(text).eval(),
+        "image_encoder": CLIPVisionModelWithProjection(vision).eval(),
+        "feature_extractor": CLIPImageProcessor(crop_size=32, size=32),
+    }

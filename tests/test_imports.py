@@ -1,0 +1,139 @@
+"""Importing does nothing, and works with torch alone. Each test runs in a fresh interpreter."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+BLOCK = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}} (blocked)", name=name)
+
+sys.meta_path.insert(0, Block())
+import torch
+"""
+
+
+def run(code: str, *blocked: str) -> str:
+    source = BLOCK.format(blocked=blocked) + textwrap.dedent(code)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_import_is_fast_and_loads_nothing() -> None:
+    seconds = run(
+        """
+        import time
+        before = set(sys.modules)
+        torch.cuda._lazy_init = None  # a touch of CUDA would raise
+        start = time.perf_counter()
+        import ipa_kernels
+        print(time.perf_counter() - start)
+        loaded = set(sys.modules) - before
+        assert loaded == {"ipa_kernels"}, loaded
+        assert not torch.cuda.is_initialized()
+        """,
+        "triton",
+        "diffusers",
+    )
+    assert float(seconds) < 0.1
+
+
+def test_every_public_name_can_be_looked_up_with_torch_alone() -> None:
+    run(
+        """
+        import ipa_kernels
+        for name in ipa_kernels.__all__:
+            assert getattr(ipa_kernels, name) is not None
+            assert name in dir(ipa_kernels)
+        assert ipa_kernels.__version__
+        assert ipa_kernels.reference.decoupled_attention
+        try:
+            ipa_kernels.nonsense
+        except AttributeError as error:
+            assert "'ipa_kernels' has no attribute 'nonsense'" in str(error)
+        else:
+            raise AssertionError
+        """,
+        "triton",
+        "diffusers",
+    )
+
+
+def test_the_op_works_with_torch_alone_and_names_what_the_kernel_lacks() -> None:
+    run(
+        """
+        import ipa_kernels
+        q = torch.randn(1, 2, 5, 8)
+        out = ipa_kernels.decoupled_attention(q, q, q, [q], [q], image_scales=0.5)
+        torch.testing.assert_close(out, 1.5 * torch.nn.functional.scaled_dot_product_attention(q, q, q))
+        try:
+            ipa_kernels.decoupled_attention(q, q, q, [q], [q], impl="triton")
+        except ipa_kernels.UnsupportedError as error:
+            assert "triton: cannot be imported; install ipa-kernels[triton]" in str(error)
+            assert "device cpu" in str(error)
+        else:
+            raise AssertionError
+        """,
+        "triton",
+        "diffusers",
+    )
+
+
+@pytest.mark.parametrize("function", ["enable", "disable", "explain", "clear_cache"])
+def test_without_diffusers_the_switch_names_the_extra(function: str) -> None:
+    run(
+        f"""
+        import ipa_kernels
+        try:
+            ipa_kernels.{function}(torch.nn.Linear(2, 2))
+        except ImportError as error:
+            assert "pip install 'ipa-kernels[diffusers]'" in str(error)
+        else:
+            raise AssertionError
+        """,
+        "diffusers",
+    )
+
+
+def test_without_triton_pipelines_run_eagerly() -> None:
+    run(
+        """
+        import warnings
+        warnings.simplefilter("ignore")
+        import ipa_kernels
+        from tests.pipelines import build, picture
+        pipe = build("sd", ("base",))
+        stock = picture(pipe, ("base",))
+        report = ipa_kernels.enable(pipe)
+        assert "triton: cannot be imported" in report.layers[0].reason
+        assert torch.equal(picture(pipe, ("base",)), stock)
+        assert ipa_kernels.explain(pipe).eager == len(report.layers)
+        """,
+        "triton",
+    )
+
+
+def test_auto_never_chooses_the_interpreter_and_triton_demands_it() -> None:
+    run(
+        """
+        import ipa_kernels
+        q = torch.randn(1, 2, 5, 8)
+        eager = ipa_kernels.decoupled_attention(q, q, q, [q], [q], impl="eager")
+        assert torch.equal(ipa_kernels.decoupled_attention(q, q, q, [q], [q]), eager)
+        try:
+            ipa_kernels.decoupled_attention(q, q, q, [q], [q], impl="triton")
+        except ipa_kernels.UnsupportedError as error:
+            assert "TRITON_INTERPRET=1" in str(error)
+        else:
+            raise AssertionError
+        """
+    )

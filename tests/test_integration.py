@@ -1,0 +1,331 @@
+"""enable, disable, accelerated, explain: what the contract says about the switch itself."""
+
+import copy
+import gc
+import json
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
+
+import ipa_kernels
+from ipa_kernels import Report, UnsupportedError, integration
+from ipa_kernels.kernels import decoupled_attention as kernel
+from ipa_kernels.report import FallbackWarning
+
+from .pipelines import build, load, picture
+
+
+def classes(pipe: object) -> list[type]:
+    return [type(processor) for processor in pipe.unet.attn_processors.values()]
+
+
+def traces(unet: object) -> list[object]:
+    """Everything that `enable` leaves on a UNet."""
+    state = [name for module in unet.modules() for name in vars(module) if "ipa" in name]
+    return [*state, *unet._forward_pre_hooks.values(), *(cls for cls in map(type, unet.modules()) if "Fused" in cls.__name__)]
+
+
+def test_enable_reports_and_disable_leaves_no_trace() -> None:
+    pipe = build("sd", ("base",))
+    before = classes(pipe)
+    report = ipa_kernels.enable(pipe)
+    assert report.enabled
+    assert report.impl == "auto"
+    assert [layer.planned for layer in report.layers] == ["eager"] * before.count(IPAdapterAttnProcessor2_0)
+    assert {(layer.impl, layer.calls) for layer in report.layers} == {(None, 0)}
+    assert all("device cpu" in layer.reason or "interpreter" in layer.reason for layer in report.layers)
+    assert traces(pipe.unet)
+    ipa_kernels.disable(pipe)
+    assert classes(pipe) == before
+    assert not traces(pipe.unet)
+    assert not ipa_kernels.explain(pipe).enabled
+
+
+def test_twice_is_once_and_replaces_the_options() -> None:
+    pipe = build("sd", ("base",))
+    ipa_kernels.enable(pipe)
+    installed = classes(pipe)
+    report = ipa_kernels.enable(pipe, impl="eager")
+    assert report.impl == "eager"
+    assert classes(pipe) == installed
+    assert len(pipe.unet._forward_pre_hooks) == 1
+    ipa_kernels.disable(pipe)
+    ipa_kernels.disable(pipe)
+    assert not traces(pipe.unet)
+
+
+def test_a_bare_unet_is_a_target_and_is_shared_with_its_pipeline() -> None:
+    pipe = build("sd", ("base",))
+    ipa_kernels.enable(pipe.unet)
+    assert ipa_kernels.explain(pipe).enabled
+    ipa_kernels.disable(pipe)
+    assert not ipa_kernels.explain(pipe.unet).enabled
+
+
+def test_without_an_adapter_enable_says_so_and_waits() -> None:
+    pipe = build("sd")
+    report = ipa_kernels.enable(pipe)
+    assert not report.layers
+    assert "no IP-Adapter is loaded" in str(report)
+    picture(pipe)
+    load(pipe, "base")
+    assert {layer.impl for layer in ipa_kernels.explain(pipe).layers} == {None}
+    accelerated = picture(pipe, ("base",))
+    report = ipa_kernels.explain(pipe)
+    assert report.eager == len(report.layers) > 0
+    assert {layer.calls for layer in report.layers} == {3}
+    ipa_kernels.disable(pipe)
+    assert torch.equal(picture(pipe, ("base",)), accelerated)
+
+
+def test_a_second_load_and_an_unload_keep_working() -> None:
+    pipe = build("sd", ("base",))
+    ipa_kernels.enable(pipe)
+    picture(pipe, ("base",))
+    load(pipe, "plus", "base", seed=7)
+    accelerated = picture(pipe, ("plus", "base"))
+    assert ipa_kernels.explain(pipe).eager > 0
+    pipe.unload_ip_adapter()
+    assert not ipa_kernels.explain(pipe).layers
+    picture(pipe)
+    ipa_kernels.disable(pipe)
+    assert set(classes(pipe)) == {AttnProcessor2_0}
+    assert torch.equal(picture(build_with(("plus", "base"), seed=7), ("plus", "base")), accelerated)
+
+
+def build_with(adapters: tuple[str, ...], seed: int) -> object:
+    pipe = build("sd")
+    load(pipe, *adapters, seed=seed)
+    return pipe
+
+
+def test_processors_put_aside_and_back_are_given_back_too() -> None:
+    pipe = build("sd", ("base",))
+    ipa_kernels.enable(pipe)
+    aside = pipe.unet.attn_processors
+    pipe.unet.set_attn_processor(AttnProcessor2_0())
+    ipa_kernels.disable(pipe)
+    assert set(map(type, aside.values())) == {AttnProcessor2_0, IPAdapterAttnProcessor2_0}
+
+
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [(object(), "object"), (None, "NoneType"), (torch.nn.Linear(2, 2), "Linear"), ("sdxl", "str")],
+    ids=["object", "None", "Linear", "str"],
+)
+@pytest.mark.parametrize("function", ["enable", "disable", "explain", "clear_cache"])
+def test_an_unknown_target_names_the_known_ones(function: str, target: object, kind: str) -> None:
+    with pytest.raises(TypeError, match=rf"target: expected a diffusers pipeline with a UNet .*UNet2DCondition.*got {kind}"):
+        getattr(ipa_kernels, function)(target)
+
+
+def test_a_transformer_is_not_a_known_target() -> None:
+    flux = FluxTransformer2DModel(
+        num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=8,
+        pooled_projection_dim=8, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    with pytest.raises(TypeError, match="got FluxTransformer2DModel"):
+        ipa_kernels.enable(flux)
+
+
+def test_an_unknown_impl_changes_nothing() -> None:
+    pipe = build("sd", ("base",))
+    with pytest.raises(ValueError, match="impl: expected one of 'auto', 'triton', 'eager', got 'fast'"):
+        ipa_kernels.enable(pipe, impl="fast")
+    assert not traces(pipe.unet)
+
+
+def test_demanding_the_kernel_where_it_cannot_run_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "INTERPRETED", False)
+    pipe = build("sd", ("base",), torch.float64)
+    with pytest.raises(UnsupportedError) as caught:
+        ipa_kernels.enable(pipe, impl="triton")
+    for reason in ("device cpu: the kernel needs a GPU", "dtype torch.float64", "down_blocks.0"):
+        assert reason in str(caught.value)
+    assert not traces(pipe.unet)
+    ipa_kernels.enable(pipe, impl="eager")
+    with pytest.raises(UnsupportedError):
+        ipa_kernels.enable(pipe, impl="triton")
+    assert ipa_kernels.explain(pipe).impl == "eager"
+
+
+def test_demanding_the_kernel_never_falls_back_in_a_call() -> None:
+    pipe = build("sd", ("base",))
+    ipa_kernels.enable(pipe, impl="triton")
+    pipe.to(torch.float64)
+    with pytest.raises(UnsupportedError, match=r"dtype torch.float64.*computes in"):
+        picture(pipe, ("base",))
+    unet = build("sd", ("base",)).unet
+    ipa_kernels.enable(unet, impl="triton")
+    with pytest.raises(UnsupportedError, match="gradient"):
+        forward(unet)
+
+
+def test_a_failure_halfway_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = build("sd", ("base",))
+    before = classes(pipe)
+    families = integration._families()
+    take_over = families.take_over
+    calls = iter(range(100))
+
+    def fail_at_the_third(*arguments: object) -> None:
+        if next(calls) == 2:
+            raise MemoryError("out of memory")
+        take_over(*arguments)
+
+    monkeypatch.setattr(families, "take_over", fail_at_the_third)
+    with pytest.raises(MemoryError):
+        ipa_kernels.enable(pipe)
+    assert classes(pipe) == before
+    assert not traces(pipe.unet)
+
+
+def test_accelerated_restores_what_it_found() -> None:
+    pipe = build("sd", ("base",))
+    with ipa_kernels.accelerated(pipe) as report:
+        assert {layer.calls for layer in report.layers} == {0}
+        picture(pipe, ("base",))
+    assert {layer.calls for layer in report.layers} == {3}, "the report is refreshed on exit"
+    assert not traces(pipe.unet)
+
+    ipa_kernels.enable(pipe, impl="eager")
+    with ipa_kernels.accelerated(pipe, impl="triton"):
+        assert ipa_kernels.explain(pipe).impl == "triton"
+    assert ipa_kernels.explain(pipe).impl == "eager"
+
+    ipa_kernels.disable(pipe)
+    with pytest.raises(KeyError), ipa_kernels.accelerated(pipe):
+        raise KeyError
+    assert not traces(pipe.unet)
+
+
+def test_the_report_is_readable_and_ready_for_json() -> None:
+    pipe = build("sdxl", ("base",))
+    ipa_kernels.enable(pipe)
+    picture(pipe, ("base",))
+    report = ipa_kernels.explain(pipe)
+    assert isinstance(report, Report)
+    names = [layer.name for layer in report.layers]
+    assert all(isinstance(pipe.unet.get_submodule(name), Attention) for name in names)
+    text = str(report)
+    assert f"{len(names)} IP-Adapter layers: 0 triton, {len(names)} eager, 0 stock" in text
+    assert text.count("\n") == 1, "layers with the same story share a line"
+    decoded = json.loads(json.dumps(report.to_dict()))
+    assert decoded["eager"] == len(names)
+    assert decoded["layers"][0] == {**vars(report.layers[0])}
+    assert decoded["cache"] == {"hits": 0, "misses": 0, "bytes": 0}
+    pipe.unet.to(torch.float64)
+    assert report.eager == len(names), "a report is a snapshot"
+
+
+def test_each_reason_warns_once() -> None:
+    pipe = build("sd", ("base",))
+    ipa_kernels.enable(pipe)
+    with pytest.warns(FallbackWarning, match="eager attention runs instead of the kernel") as caught:
+        picture(pipe, ("base",))
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture(pipe, ("base",))
+        with ipa_kernels.accelerated(build("sd", ("base",)), impl="eager"):
+            picture(pipe, ("base",))
+
+
+def test_the_environment_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IPA_KERNELS_DISABLE", "1")
+    pipe = build("sd", ("base",))
+    report = ipa_kernels.enable(pipe)
+    assert "IPA_KERNELS_DISABLE=1" in str(report)
+    assert not traces(pipe.unet)
+    with ipa_kernels.accelerated(pipe) as report:
+        assert "IPA_KERNELS_DISABLE=1" in report.note
+    assert "IPA_KERNELS_DISABLE=1" in report.note
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda unet: pickle.loads(pickle.dumps(unet))], ids=["deepcopy", "pickle"])
+def test_a_copy_stays_enabled_on_its_own(copier: object) -> None:
+    pipe = build("sd", ("base",))
+    stock = picture(pipe, ("base",))
+    ipa_kernels.enable(pipe, impl="eager")
+    picture(pipe, ("base",))
+    original, pipe.unet = pipe.unet, copier(pipe.unet)
+    report = ipa_kernels.explain(pipe)
+    assert report.enabled
+    assert report.impl == "eager"
+    assert {layer.calls for layer in report.layers} == {0}
+    assert torch.equal(picture(pipe, ("base",)), stock)
+    assert {layer.calls for layer in ipa_kernels.explain(pipe).layers} == {3}
+    assert {layer.calls for layer in ipa_kernels.explain(original).layers} == {3}, "the original counts its own calls"
+    ipa_kernels.disable(pipe)
+    assert not traces(pipe.unet)
+    assert ipa_kernels.explain(original).enabled
+
+
+def test_an_abandoned_unet_is_freed() -> None:
+    pipe = build("sd", ("base",))
+    ipa_kernels.enable(pipe)
+    picture(pipe, ("base",))
+    unet = weakref.ref(pipe.unet)
+    del pipe
+    gc.collect()
+    assert unet() is None
+
+
+def forward(unet: object, text: object = None, **options: object) -> torch.Tensor:
+    """One step of a UNet, as a training loop calls it."""
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randn(1, 7, 64, generator=generator)
+    embeds = [torch.randn(1, 1, 32, generator=generator)]
+    latents = torch.randn(1, 4, 8, 8, generator=generator)
+    return unet(latents, 7, tokens, added_cond_kwargs={"image_embeds": embeds}, **options).sample
+
+
+def test_gradients_go_through_stock() -> None:
+    unet = build("sd", ("base",)).unet
+
+    def gradients() -> list[torch.Tensor]:
+        unet.zero_grad()
+        forward(unet).square().sum().backward()
+        return [p.grad.clone() for name, p in unet.named_parameters() if "_ip." in name]
+
+    expected = gradients()
+    ipa_kernels.enable(unet)
+    actual = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    report = ipa_kernels.explain(unet)
+    assert report.stock == len(report.layers)
+    assert "gradient" in report.layers[0].reason
+
+
+def test_an_attention_mask_goes_through_stock() -> None:
+    unet = build("sd", ("base",)).unet
+    mask = torch.ones(1, 7)
+    mask[:, 4:] = 0
+    with torch.no_grad():
+        expected = forward(unet, encoder_attention_mask=mask)
+        ipa_kernels.enable(unet)
+        assert torch.equal(forward(unet, encoder_attention_mask=mask), expected)
+        assert not torch.equal(forward(unet), expected)
+    ipa_kernels.disable(unet)
+
+
+def test_a_compiled_unet_runs_stock_inside_the_graph() -> None:
+    unet = build("sd", ("base",)).unet
+    with torch.no_grad():
+        expected = forward(unet)
+        ipa_kernels.enable(unet)
+        compiled = torch.compile(unet, backend="eager", fullgraph=True)
+        assert ipa_kernels.explain(compiled).enabled
+        torch.testing.assert_close(forward(compiled), expected, rtol=0, atol=0)
+    assert {layer.calls for layer in ipa_kernels.explain(unet).layers} == {0}
+
+
+def test_clear_cache_takes_any_target_it_knows() -> None:
+    pipe = build("sd")
+    ipa_kernels.clear_cache(pipe)
+    ipa_kernels.clear_cache(pipe.unet)
