@@ -325,6 +325,18 @@ def test_a_compiled_unet_runs_stock_inside_the_graph() -> None:
     assert {layer.calls for layer in ipa_kernels.explain(unet).layers} == {0}
 
 
+def test_an_adapter_of_scale_zero_is_not_even_projected() -> None:
+    pipe = build("sd", ("base", "plus"))
+    pipe.set_ip_adapter_scale([0.0, 0.5])
+    ipa_kernels.enable(pipe)
+    projected: list[str] = []
+    for name, module in pipe.unet.named_modules():
+        if "_ip." in name:
+            module.register_forward_hook(lambda *arguments, name=name: projected.append(name))
+    picture(pipe, ("base", "plus"))
+    assert {name.rsplit(".", 1)[1] for name in projected} == {"1"}
+
+
 def test_clear_cache_takes_any_target_it_knows() -> None:
     pipe = build("sd")
     ipa_kernels.clear_cache(pipe)

@@ -286,18 +286,19 @@ def test_the_same_bits_every_time(device: torch.device) -> None:
     assert all(torch.equal(first, other) for other in others)
 
 
-def test_offsets_beyond_32_bits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    # the second batch row of every tensor lies 2**31 elements behind the first; the memory between is never touched
+@pytest.mark.parametrize("dimension", ["batch", "heads", "tokens"])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_offsets_beyond_32_bits(name: str, dimension: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    # no stride passes 2**31, the last element does; the memory between the elements is never touched
     monkeypatch.undo()
-    far = 2**31 + 64
-    inputs = random_inputs(2, 2, 9, 16, (17, 4), torch.float16, device)
-
-    def spread(tensor: Tensor) -> Tensor:
-        memory = torch.empty(far + tensor[0].numel(), dtype=tensor.dtype, device=tensor.device)
-        view = memory.as_strided(tensor.shape, (far, *tensor[0].contiguous().stride()))
-        return view.copy_(tensor)
-
+    axis = ("batch", "heads", "tokens").index(dimension)
+    inputs = random_inputs(3, 3, 9, 16, (17, 4), torch.float16, device)
+    tensor = getattr(inputs, name)
+    strides = list(tensor.contiguous().stride())
+    strides[axis] = 2**31 // (tensor.shape[axis] - 1) + 64
+    memory = torch.empty(2**31 + 2**13, dtype=tensor.dtype, device=device)
+    spread = memory.as_strided(tensor.shape, strides).copy_(tensor)
+    assert max(strides) < 2**31 < sum((size - 1) * stride for size, stride in zip(spread.shape, strides, strict=True))
+    moved = Inputs(**{**vars(inputs), name: spread})
     expected = decoupled_attention(*inputs.arguments()[0], impl="triton")
-    for name in ("query", "key"):
-        moved = Inputs(**{**vars(inputs), name: spread(getattr(inputs, name))})
-        assert torch.equal(decoupled_attention(*moved.arguments()[0], impl="triton"), expected)
+    assert torch.equal(decoupled_attention(*moved.arguments()[0], impl="triton"), expected)
