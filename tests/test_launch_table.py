@@ -66,7 +66,7 @@ def test_what_a_gpu_is_given(on_sm_90: torch.device, monkeypatch: pytest.MonkeyP
     assert support.launch_config(on_sm_90, torch.float16, 64, 64).block_m == 64
     assert support.layer_reasons(on_sm_90, torch.float32, 64) == []
     monkeypatch.setattr(support, "allows_tf32", lambda device: False)
-    assert "allow_tf32 = True lifts this" in support.automatic_reasons(on_sm_90, torch.float32)[0]
+    assert "fp32_precision = 'tf32' lifts this" in support.automatic_reasons(on_sm_90, torch.float32)[0]
     monkeypatch.setattr(support, "allows_tf32", lambda device: True)
     assert support.automatic_reasons(on_sm_90, torch.float32) == []
     assert "head dim 192" in support.layer_reasons(on_sm_90, torch.float16, 192)[0]
