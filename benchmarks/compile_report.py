@@ -37,12 +37,13 @@ LONG = 1000
 
 @dataclass(frozen=True)
 class Entry:
-    """One compilation: an architecture, a shape class, and the lengths of the branches, text first; images are masked."""
+    """One compilation: an architecture, a shape class, the lengths of the branches, text first, with masks or without."""
 
     arch: str
     dtype: str
     head_dim: int
     lengths: tuple[int, ...]
+    masked: bool
     config: LaunchConfig
 
 
@@ -60,8 +61,8 @@ class Count:
 def length_classes(config: LaunchConfig, quick: bool) -> tuple[tuple[int, ...], ...]:
     """Lengths that reach every path of a config: text and images held whole, at their limits, and looped over."""
     text, image = config.whole_keys or LONG, config.whole_image_keys or LONG
-    hardest = ((77, 16, 16, 16), (text, image, image), (LONG, 16, LONG))
-    return hardest if quick else (*hardest, (77,), (77, 4), (text, LONG), (LONG, image))
+    hardest = ((text, image, image), (text, LONG, LONG), (LONG, LONG, LONG))
+    return hardest if quick else (*hardest, (77,), (77, 4), (77, 16, 16, 16), (text, LONG), (LONG, image), (LONG, LONG))
 
 
 def entries(archs: list[str], dtypes: list[str], head_dims: list[int], quick: bool) -> Iterator[Entry]:
@@ -73,7 +74,8 @@ def entries(archs: list[str], dtypes: list[str], head_dims: list[int], quick: bo
                 found = (launch_table.find(arch, bits, head_dim, queries) for queries in (64, 4096))
                 for config in dict.fromkeys(config for config in found if config is not None):
                     for lengths in length_classes(config, quick):
-                        yield Entry(arch, dtype, head_dim, lengths, config)
+                        for masked in (True,) if quick or len(lengths) == 1 else (True, False):
+                            yield Entry(arch, dtype, head_dim, lengths, masked, config)
 
 
 def source(entry: Entry) -> ASTSource:
@@ -86,7 +88,7 @@ def source(entry: Entry) -> ASTSource:
         "k_ptrs": (pointer,) * n,
         "v_ptrs": (pointer,) * n,
         "scale_ptr": "*fp32" if n > 1 else "constexpr",
-        "mask_ptrs": (pointer,) * (n - 1),
+        "mask_ptrs": (pointer if entry.masked else "constexpr",) * (n - 1),
         "out_strides": ("i32",) * 3,
         "q_strides": ("i32",) * 3,
         "k_strides": (("i32",) * 3,) * n,
@@ -113,11 +115,13 @@ def source(entry: Entry) -> ASTSource:
     values[position["scale_strides"], 1] = 1
     if n == 1:
         values[(position["scale_ptr"],)] = None
+    if not entry.masked:
+        values |= {(position["mask_ptrs"], i): None for i in range(n - 1)}
 
     # a batch or row stride is a multiple of 16 elements, a head stride is the head dim
     aligned: list[tuple[int, ...]] = [(position[name],) for name in ("out_ptr", "q_ptr")]
     aligned += [(position[name], i) for name in ("k_ptrs", "v_ptrs") for i in range(n)]
-    aligned += [(position["mask_ptrs"], i) for i in range(n - 1)]
+    aligned += [(position["mask_ptrs"], i) for i in range(n - 1) if entry.masked]
     for j in (0, 1, 2) if entry.head_dim % 16 == 0 else (0, 2):
         aligned += [(position[name], j) for name in ("out_strides", "q_strides")]
         aligned += [(position[name], i, j) for name in ("k_strides", "v_strides") for i in range(n)]
@@ -203,7 +207,8 @@ def main() -> int:
             print(
                 f"{entry.arch:9} {entry.dtype:9} {entry.head_dim:<4} {entry.config.block_m:>5} {entry.config.num_warps:>5}"
                 f" {counted.registers:>10} {counted.spill_bytes:>6} {counted.shared_bytes:>7} {counted.mma:>5}"
-                f" {counted.instructions:>6}  {'+'.join(map(str, entry.lengths))}  {'; '.join(wrong)}",
+                f" {counted.instructions:>6}  {'+'.join(map(str, entry.lengths))}{'  masked' * entry.masked}"
+                f"  {'; '.join(wrong)}",
                 flush=True,
             )
     print(f"{len(asked)} entries, {unfit} unfit (triton {triton.__version__})")

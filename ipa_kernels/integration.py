@@ -41,6 +41,9 @@ class _Watch:
             if type(processor) in families.FUSED:
                 families.take_over(processor, name, self.session)
                 taken.append(processor)
+            elif type(processor) in families.STOCK and processor._ipa_layer.session is not self.session:
+                # a copy of a processor of ours, from another model or from before a `disable`
+                families.adopt(processor, name, self.session)
 
 
 def enable(target: Any, *, impl: str = "auto", cache: bool = True) -> Report:
@@ -74,19 +77,25 @@ def enable(target: Any, *, impl: str = "auto", cache: bool = True) -> Report:
     families = _families()
     if impl == "triton":
         _demand_kernel(unet)
-    watch = _watch(unet) or _Watch(unet, Session(impl, cache))
+    found = _watch(unet)
+    watch = found or _Watch(unet, Session(impl, cache))
+    session = watch.session
+    before = session.impl, session.cache
     taken: list[nn.Module] = []
     try:
         watch.take_over_new(taken)
+        session.impl, session.cache = impl, cache
+        if found is None:
+            watch.handle = unet.register_forward_pre_hook(watch)
+            setattr(unet, _STATE, watch)
+        return _report(unet, type(target).__name__)
     except BaseException:
+        session.impl, session.cache = before
         for processor in taken:
             families.give_back(processor)
+        if found is None:
+            _detach(unet, watch)
         raise
-    if watch.handle is None:
-        watch.handle = unet.register_forward_pre_hook(watch)
-        setattr(unet, _STATE, watch)
-    watch.session.impl, watch.session.cache = impl, cache
-    return explain(target)
 
 
 def disable(target: Any) -> None:
@@ -103,27 +112,31 @@ def disable(target: Any) -> None:
     for processor in {*installed, *watch.session.processors}:
         if type(processor) in families.STOCK:
             families.give_back(processor)
-    watch.handle.remove()
-    delattr(unet, _STATE)
+    _detach(unet, watch)
 
 
 @contextmanager
 def accelerated(target: Any, *, impl: str = "auto", cache: bool = True) -> Iterator[Report]:
     """`enable` for the length of a with-block; the state that it found comes back, the report is refreshed on exit."""
-    before = _watch(_unet(target))
-    options = (before.session.impl, before.session.cache) if before is not None else None
+    unet = _unet(target)
+    found = _watch(unet)
+    before = None if found is None else {"impl": found.session.impl, "cache": found.session.cache}
     report = enable(target, impl=impl, cache=cache)
     try:
         yield report
     finally:
-        note = report.note
-        vars(report).update(vars(explain(target)))
-        report.note = note or report.note
-        if options is None:
-            disable(target)
-        else:
-            # not through enable(): what was in force before needs no new permission
-            before.session.impl, before.session.cache = options
+        try:
+            note = report.note
+            vars(report).update(vars(_report(unet, report.target)))
+            report.note = note or report.note
+        finally:
+            if before is None:
+                disable(unet)
+            elif _watch(unet) is None:
+                enable(unet, **before)
+            else:
+                # not through enable(): what was in force before needs no new permission
+                vars(_watch(unet).session).update(before)
 
 
 def explain(target: Any) -> Report:
@@ -131,7 +144,10 @@ def explain(target: Any) -> Report:
 
     Raises TypeError for a target of a kind that is not known, ImportError without diffusers.
     """
-    unet = _unet(target)
+    return _report(_unet(target), type(target).__name__)
+
+
+def _report(unet: Any, target: str) -> Report:
     families = _families()
     watch = _watch(unet)
     impl = watch.session.impl if watch is not None else "auto"
@@ -145,13 +161,16 @@ def explain(target: Any) -> Report:
         layer = getattr(processor, "_ipa_layer", None)
         if watch is None:
             layers.append(LayerReport(name, "stock", None, "not enabled", 0))
+        elif type(processor) in families.FUSED:
+            waiting = "loaded since: taken over by the next step that is not compiled, until then stock"
+            layers.append(LayerReport(name, planned, None, "; ".join([waiting, *reasons]), 0))
         elif layer is None or layer.impl is None:
             layers.append(LayerReport(name, planned, None, "; ".join(reasons), 0))
         else:
             layers.append(LayerReport(name, planned, layer.impl, layer.reason, layer.calls))
     note = "" if layers else "no IP-Adapter is loaded: one that is loaded later is taken over on the next step"
     return Report(
-        target=type(target).__name__,
+        target=target,
         enabled=watch is not None,
         impl=None if watch is None else impl,
         note=note if watch is not None else "",
@@ -192,6 +211,13 @@ def _unet(target: Any) -> Any:
 
 def _watch(unet: nn.Module) -> Any:
     return vars(unet).get(_STATE)
+
+
+def _detach(unet: nn.Module, watch: _Watch) -> None:
+    if watch.handle is not None:
+        watch.handle.remove()
+    if _STATE in vars(unet):
+        delattr(unet, _STATE)
 
 
 def _attentions(unet: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -21,8 +21,8 @@ class CacheReport(NamedTuple):
 class LayerReport:
     """One attention layer that has an IP-Adapter.
 
-    planned: what `enable` expects to run; impl: what the last call ran, None before the first. Both are "triton", "eager" or
-    "stock" (handed to diffusers' own code). reason: why not the kernel, "" where it is the kernel. calls: calls since `enable`.
+    planned: what `enable` expects to run; impl: what the last call ran, None before the first; both are "triton", "eager" or
+    "stock" (handed to diffusers' own code). reason: why not the kernel, "" where it is the kernel. calls: so far.
     """
 
     name: str

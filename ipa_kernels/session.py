@@ -23,9 +23,10 @@ class Session:
         self.processors: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     def warn_once(self, reason: str, instead: str) -> None:
-        """Warn that `instead` runs, the first time for this reason."""
-        if reason not in self.warned:
-            self.warned.add(reason)
+        """Warn that `instead` runs, the first time for this reason; what differs behind its colon is the same reason."""
+        kind = reason.partition(":")[0]
+        if kind not in self.warned:
+            self.warned.add(kind)
             warnings.warn(f"ipa_kernels: {instead} instead of the kernel: {reason}", FallbackWarning, stacklevel=2)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -42,13 +43,14 @@ class Layer:
         self.reason = ""
         self.calls = 0
 
-    def record(self, impl: str, reason: str) -> None:
+    def record(self, impl: str, reasons: list[str]) -> None:
         """Note what a call runs; warn about a fallback that the user did not ask for."""
         self.impl = impl
-        self.reason = reason
+        self.reason = "; ".join(reasons)
         self.calls += 1
-        if reason and self.session.impl == "auto":
-            self.session.warn_once(reason, "eager attention runs" if impl == "eager" else "diffusers' own code runs")
+        if self.session.impl == "auto":
+            for reason in reasons:
+                self.session.warn_once(reason, "eager attention runs" if impl == "eager" else "diffusers' own code runs")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Layer, (self.name, self.session)

@@ -57,7 +57,12 @@ BAD = {
         ValueError,
         "query: expected a floating dtype, got torch.int64",
     ),
-    "image keys in one tensor": ({"image_keys": tensor(2, 3, 4, 8)}, TypeError, "image_keys: expected a sequence of tensors"),
+    "image keys in one tensor": (
+        {"image_keys": tensor(2, 3, 4, 8)},
+        TypeError,
+        "image_keys: expected a sequence of tensors, one per image branch",
+    ),
+    "image keys in a number": ({"image_keys": torch.tensor(1.0)}, TypeError, "image_keys: expected a sequence of tensors, one"),
     "image keys of None": ({"image_keys": None}, TypeError, "image_keys: expected a sequence of tensors, got NoneType"),
     "image values missing": (
         {"image_values": IMAGES[:1]},
@@ -181,6 +186,14 @@ def test_unsupported_lists_every_reason() -> None:
         "value strides",
     ):
         assert reason in message
+
+
+def test_what_only_looks_harmless_is_refused() -> None:
+    query = tensor(2, 3, 5, 8)
+    with pytest.raises(UnsupportedError, match="scale 1e-50: the kernel needs"):
+        call(scale=1e-50, impl="triton")
+    with pytest.raises(UnsupportedError, match="query: a lazily negated view"):
+        call(query=torch._neg_view(query), impl="triton")
 
 
 def test_gradients_are_a_reason() -> None:

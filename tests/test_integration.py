@@ -185,6 +185,66 @@ def test_a_failure_halfway_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> No
     assert not traces(pipe.unet)
 
 
+def test_a_failure_of_the_report_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("CUDA driver went away")
+
+    pipe = build("sd", ("base",))
+    ipa_kernels.enable(enabled := build("sd", ("base",)), impl="eager")
+    monkeypatch.setattr(integration._families(), "layer_plan", fail)
+    for target in (pipe, enabled):
+        with pytest.raises(RuntimeError, match="went away"):
+            ipa_kernels.enable(target)
+    monkeypatch.undo()
+    assert not traces(pipe.unet)
+    assert ipa_kernels.explain(enabled).impl == "eager"
+
+
+def test_a_refused_call_lists_every_reason_and_what_it_saw() -> None:
+    unet = build("sd", ("base",)).unet
+    ipa_kernels.enable(unet, impl="triton")
+    unet.to(torch.float64)
+    latents, text, image = (torch.randn(shape, dtype=torch.float64) for shape in ((1, 4, 8, 8), (1, 7, 64), (1, 1, 32)))
+    embeds = {"image_embeds": [image]}
+    with pytest.raises(UnsupportedError) as caught:
+        unet(latents, 7, text, encoder_attention_mask=torch.ones(1, 7), added_cond_kwargs=embeds)
+    for reason in ("hidden_states [1, 64, 64], torch.float64, cpu", "attention_mask", "gradient", "dtype torch.float64"):
+        assert reason in str(caught.value)
+
+
+def test_accelerated_restores_over_a_disable_and_another_unet() -> None:
+    pipe = build("sd", ("base",))
+    ipa_kernels.enable(pipe, impl="eager")
+    with ipa_kernels.accelerated(pipe):
+        ipa_kernels.disable(pipe)
+    assert ipa_kernels.explain(pipe).impl == "eager"
+    ipa_kernels.disable(pipe)
+    with pytest.raises(KeyError), ipa_kernels.accelerated(pipe):
+        unet, pipe.unet = pipe.unet, None
+        raise KeyError
+    assert not traces(unet)
+
+
+def test_a_copy_of_a_processor_follows_the_unet_it_is_put_into() -> None:
+    pipe = build("sd", ("base",))
+    ipa_kernels.enable(pipe, impl="eager")
+    saved = copy.deepcopy(pipe.unet.attn_processors)
+    ipa_kernels.disable(pipe)
+    pipe.unet.set_attn_processor(saved)
+    ipa_kernels.enable(pipe, impl="triton")
+    picture(pipe, ("base",), size=8)
+    assert ipa_kernels.explain(pipe).triton > 0
+    ipa_kernels.disable(pipe)
+    assert not traces(pipe.unet)
+
+
+def test_an_adapter_loaded_behind_a_compiled_unet_says_that_it_waits() -> None:
+    pipe = build("sd", ("base",))
+    ipa_kernels.enable(pipe)
+    load(pipe, "plus")
+    assert all("loaded since" in layer.reason for layer in ipa_kernels.explain(pipe).layers)
+
+
 def test_accelerated_restores_what_it_found() -> None:
     pipe = build("sd", ("base",))
     with ipa_kernels.accelerated(pipe) as report:
@@ -234,6 +294,25 @@ def test_each_reason_warns_once() -> None:
         picture(pipe, ("base",))
         with ipa_kernels.accelerated(build("sd", ("base",)), impl="eager"):
             picture(pipe, ("base",))
+
+
+def test_values_in_a_reason_do_not_make_it_another_one() -> None:
+    unet = build("sd", ("base",)).unet
+    ipa_kernels.enable(unet)
+
+    def run(scale: float) -> None:
+        for processor in unet.attn_processors.values():
+            if hasattr(processor, "to_k_ip"):
+                processor.scale = [torch.tensor(scale)]
+        forward(unet)
+
+    with torch.no_grad():
+        with pytest.warns(FallbackWarning) as caught:
+            run(0.1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            run(0.2)
+    assert [str(warning.message).split(":")[2].strip() for warning in caught] == ["adapter scale"]
 
 
 def test_the_environment_switch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,7 +401,13 @@ def test_a_compiled_unet_runs_stock_inside_the_graph() -> None:
         compiled = torch.compile(unet, backend="eager", fullgraph=True)
         assert ipa_kernels.explain(compiled).enabled
         torch.testing.assert_close(forward(compiled), expected, rtol=0, atol=0)
-    assert {layer.calls for layer in ipa_kernels.explain(unet).layers} == {0}
+        report = ipa_kernels.explain(unet)
+        assert report.stock == len(report.layers)
+        assert {(layer.reason, layer.calls) for layer in report.layers} == {("torch.compile: diffusers' own code is traced", 0)}
+        ipa_kernels.enable(unet, impl="triton")
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=r"torch\.compile: diffusers"):
+            forward(compiled)
 
 
 def test_an_adapter_of_scale_zero_is_not_even_projected() -> None:

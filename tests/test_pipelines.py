@@ -113,6 +113,8 @@ WRONG = {
     "rank of a mask": {"masks": [torch.rand(24, 24)]},
     "scales per image without masks": {"scales": [[0.5, 0.5]]},
     "scale of None": {"scales": [None]},
+    "masks in a tuple": {"masks": tuple(random_masks(("base",)))},
+    "masks of 5": {"masks": 5},
 }
 
 

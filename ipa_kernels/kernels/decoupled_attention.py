@@ -55,17 +55,20 @@ def _attend_looped(
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The same for a branch of any length: the online softmax, BLOCK_N keys at a time."""
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    shift = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.full([BLOCK_M], 0.0, tl.float32)
     acc = zero_rows(HEAD_DIM, BLOCK_M)
     for begin in tl.range(0, length, BLOCK_N):
         s = score_keys(q, k_base, k_stride, begin, length, HEAD_DIM, BLOCK_N, PRECISION)
-        new_max = tl.maximum(row_max, tl.max(s, 1))
-        alpha = tl.exp2((row_max - new_max) * qk_scale)
-        p = exp2_scaled(s, qk_scale, new_max * qk_scale)
+        # the shift is carried as it was rounded, so that what is summed already and what is added have the same one
+        new_shift = tl.maximum(shift, tl.max(s, 1) * qk_scale)
+        # while all scores are -inf there is nothing to shift by, and -inf - -inf would be NaN
+        finite_shift = tl.where(new_shift == float("-inf"), 0.0, new_shift)
+        alpha = tl.exp2(shift - finite_shift)
+        p = exp2_scaled(s, qk_scale, finite_shift)
         row_sum = row_sum * alpha + tl.sum(p, 1)
         acc = weigh_values(scale_rows(acc, alpha, HEAD_DIM), p, v_base, v_stride, begin, length, HEAD_DIM, BLOCK_N, PRECISION)
-        row_max = new_max
+        shift = new_shift
     return acc, row_sum
 
 
@@ -172,9 +175,13 @@ def launch(
 
 
 def whole_lengths(lengths: tuple[int, ...], config: LaunchConfig) -> tuple[int, ...]:
-    """Per branch, its length where it is held whole (a compiled constant), 0 where it is looped over (runtime data)."""
-    limits = (config.whole_keys, *(config.whole_image_keys,) * (len(lengths) - 1))
-    return tuple(length if length <= limit else 0 for length, limit in zip(lengths, limits, strict=True))
+    """Per branch, its length where it is held whole (a compiled constant), 0 where it is looped over (runtime data).
+
+    One image branch that must be looped over takes the others with it: a mixture needs the registers of both.
+    """
+    text, *images = lengths
+    whole_images = max(images, default=0) <= config.whole_image_keys
+    return (text if text <= config.whole_keys else 0, *(image if whole_images else 0 for image in images))
 
 
 def _alignment(strides: list[tuple[int, ...]], vector: int) -> int:

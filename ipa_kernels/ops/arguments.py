@@ -119,7 +119,7 @@ def _check_pair(name: str, value: Tensor, key_name: str, key: Tensor) -> None:
 
 
 def _sequence(name: str, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    if isinstance(tensors, Tensor) and len(tensors) > 0:
+    if isinstance(tensors, Tensor) and tensors.numel() > 0:
         raise TypeError(f"{name}: expected a sequence of tensors, one per image branch, got one Tensor {_shape(tensors)}")
     if not isinstance(tensors, Tensor | Sequence):
         raise TypeError(f"{name}: expected a sequence of tensors, got {type(tensors).__name__}")
@@ -150,7 +150,7 @@ def _check_scales(scales: float | Sequence[float] | Tensor, n: int, query: Tenso
 def _check_masks(masks: Sequence[Tensor | None] | None, n: int, query: Tensor) -> tuple[Tensor | None, ...]:
     if masks is None:
         return (None,) * n
-    if not isinstance(masks, Tensor | Sequence) or (isinstance(masks, Tensor) and len(masks) > 0):
+    if not isinstance(masks, Tensor | Sequence) or (isinstance(masks, Tensor) and masks.numel() > 0):
         raise TypeError(f"image_masks: expected None or a sequence of tensors and None, got {type(masks).__name__}")
     if len(masks) != n:
         raise ValueError(f"image_masks: expected one entry for each of the {n} image branches, got {len(masks)}")

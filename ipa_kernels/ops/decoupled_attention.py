@@ -71,17 +71,17 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
 
 
-def choose(problem: Problem, impl: str) -> tuple[str, str]:
+def choose(problem: Problem, impl: str) -> tuple[str, list[str]]:
     """("triton" or "eager", why not the kernel); raises UnsupportedError where "triton" is demanded and cannot be."""
     check_impl(impl)
     if impl == "eager":
-        return "eager", 'impl="eager"'
+        return "eager", ['impl="eager"']
     reasons = call_reasons(problem)
     if impl == "auto":
         reasons += automatic_reasons(problem.query.device, problem.query.dtype)
     elif reasons:
         raise UnsupportedError(f'impl="triton" cannot run {describe(problem)}: ' + "; ".join(reasons))
-    return ("eager", "; ".join(reasons)) if reasons else ("triton", "")
+    return ("eager" if reasons else "triton"), reasons
 
 
 def run(problem: Problem, impl: str) -> Tensor:
@@ -122,17 +122,22 @@ def _scales_for_kernel(problem: Problem) -> Tensor | None:
     if not problem.masks:
         return None
     scales = problem.scales
-    if isinstance(scales, Tensor):
-        scales = scales.to(problem.query.device, torch.float32)
-    else:
+    if not isinstance(scales, Tensor):
         scales = _scales_on_device(scales, problem.query.device)
-    return scales.expand(problem.query.shape[0], -1)
+    return _to_device(scales.to(torch.float32), problem.query.device).expand(problem.query.shape[0], -1)
 
 
 @functools.lru_cache(maxsize=256)
 def _scales_on_device(scales: tuple[float, ...], device: torch.device) -> Tensor:
     # remembered by value: copying a few numbers to a GPU costs more than the kernel
-    return torch.tensor([scales], dtype=torch.float32, device=device)
+    return _to_device(torch.tensor([scales], dtype=torch.float32), device)
+
+
+def _to_device(scales: Tensor, device: torch.device) -> Tensor:
+    if scales.device == device:
+        return scales
+    # from pinned memory the copy does not wait for what the GPU is doing
+    return scales.pin_memory().to(device, non_blocking=True)
 
 
 def _mask_for_kernel(mask: Tensor, query: Tensor) -> Tensor:

@@ -95,8 +95,8 @@ def call_reasons(problem: Problem) -> list[str]:
     reasons = layer_reasons(query.device, query.dtype, query.shape[3])
     if problem.attn_mask is not None:
         reasons.append("attn_mask: the kernel takes no bias on the text branch")
-    if not 0 < problem.softmax_scale < float("inf"):
-        reasons.append(f"scale {problem.softmax_scale}: the kernel needs a positive softmax scale")
+    if not 1e-30 < problem.softmax_scale < 1e30:
+        reasons.append(f"scale {problem.softmax_scale}: the kernel needs a positive softmax scale within float32")
     if query.shape[0] > 65535:
         reasons.append(f"batch {query.shape[0]}: a GPU grid ends at 65535")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in problem.tensors()):
@@ -104,6 +104,8 @@ def call_reasons(problem: Problem) -> list[str]:
     for name, tensor in _named(problem):
         if tensor.shape[3] > 1 and tensor.stride(3) != 1:
             reasons.append(f"{name} strides {tuple(tensor.stride())}: the kernel needs a last stride of 1")
+        if tensor.is_neg():
+            reasons.append(f"{name}: a lazily negated view; resolve_neg() lifts this")
     return reasons
 
 

@@ -5,7 +5,6 @@ weights, and giving the class back undoes it. What a subclass cannot do exactly 
 """
 
 import inspect
-from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -25,6 +24,8 @@ from ..ops.decoupled_attention import choose, run
 from ..ops.support import automatic_reasons, layer_reasons
 from ..session import Layer, Session
 
+_COMPILED = "torch.compile: diffusers' own code is traced"
+
 
 class _Fused:
     """What the three subclasses share. The class that was replaced is next in the order of resolution."""
@@ -36,7 +37,6 @@ class _Fused:
     scale: list[Any]
     to_k_ip: nn.ModuleList
     to_v_ip: nn.ModuleList
-    parameters: Callable[[], Any]
 
     def __call__(
         self,
@@ -56,26 +56,37 @@ class _Fused:
                 attn, hidden_states, encoder_hidden_states, attention_mask, temb, scale, ip_adapter_masks
             )
 
-        if torch.compiler.is_compiling():
-            return stock()
         layer = self._ipa_layer
         impl = layer.session.impl
+        if torch.compiler.is_compiling():
+            if impl == "triton":
+                raise UnsupportedError(f'{layer.name}: impl="triton" cannot run this call: {_COMPILED}')
+            # not counted: this runs once, when the graph is traced
+            layer.impl, layer.reason = "stock", _COMPILED
+            return stock()
         reasons = self._unusual(attn, hidden_states, encoder_hidden_states, attention_mask, ip_adapter_masks)
         if not reasons and not self.eager_is_exact and impl != "triton":
             _, reasons = layer_plan(attn, self, impl, hidden_states.device, hidden_states.dtype)
         if reasons:
             if impl == "triton":
-                raise UnsupportedError(f'{layer.name}: impl="triton" cannot run this call: ' + "; ".join(reasons))
-            layer.record("stock", "; ".join(reasons))
+                reasons += layer_reasons(hidden_states.device, hidden_states.dtype, attn.inner_dim // attn.heads)
+                saw = f"hidden_states {list(hidden_states.shape)}, {hidden_states.dtype}, {hidden_states.device}"
+                raise UnsupportedError(f'{layer.name}: impl="triton" cannot run {saw}: ' + "; ".join(dict.fromkeys(reasons)))
+            layer.record("stock", reasons)
             return stock()
 
         text, images = encoder_hidden_states
-        problem = self._problem(attn, hidden_states, text, images, ip_adapter_masks)
-        chosen, reason = choose(problem, impl)
-        if chosen == "eager" and not self.eager_is_exact:
-            layer.record("stock", reason)
+        try:
+            problem = self._problem(attn, hidden_states, text, images, ip_adapter_masks)
+        except (TypeError, ValueError) as error:
+            # for the replaced class to run or to refuse, in its own words
+            layer.record("stock", [f"unusual input: {error}"])
             return stock()
-        layer.record(chosen, reason)
+        chosen, reasons = choose(problem, impl)
+        if chosen == "eager" and not self.eager_is_exact:
+            layer.record("stock", reasons)
+            return stock()
+        layer.record(chosen, reasons)
         out = run(problem, chosen)
         out = out.transpose(1, 2).reshape(hidden_states.shape[0], hidden_states.shape[1], -1)
         return attn.to_out[1](attn.to_out[0](out))  # type: ignore[no-any-return]
@@ -88,7 +99,7 @@ class _Fused:
         if attention_mask is not None:
             reasons.append("attention_mask: only diffusers' own code takes one")
         if hidden_states.ndim != 3:
-            reasons.append(f"hidden_states with {hidden_states.ndim} dimensions: expected [batch, queries, channels]")
+            reasons.append(f"hidden_states: expected [batch, queries, channels], got {hidden_states.ndim} dimensions")
         if not _is_pair(states):
             return [
                 *reasons,
@@ -96,15 +107,15 @@ class _Fused:
             ]
         text, images = states
         if len(images) != len(self.to_k_ip) or not isinstance(self.scale, list) or len(self.scale) != len(images):
-            return [*reasons, f"{len(images)} image inputs for {len(self.to_k_ip)} adapters with scales {self.scale}"]
+            return [*reasons, f"image inputs: got {len(images)} for {len(self.to_k_ip)} adapters with scales {self.scale}"]
         if any(state.ndim not in (3, 4) for state in images):
             reasons.append("image tokens: expected [batch, images, tokens, channels]")
         batches = {hidden_states.shape[0], text.shape[0], *(state.shape[0] for state in images)}
         if len(batches) > 1:
-            reasons.append(f"batch sizes {sorted(batches)} of queries, text and images differ: diffusers folds them")
+            reasons.append(f"batch sizes of queries, text and images: diffusers folds different ones, got {sorted(batches)}")
         reasons += self._unusual_masks(masks, images, hidden_states.shape[0])
         if torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in chain((hidden_states, text, *images), attn.parameters(), self.parameters())
+            tensor.requires_grad for tensor in chain((hidden_states, text, *images), attn.parameters())
         ):
             reasons.append("gradient: the kernel has no backward yet; torch.no_grad() lifts this")
         return reasons
@@ -113,14 +124,12 @@ class _Fused:
         """Masks or scales for which diffusers raises, or that it broadcasts in its own way."""
         if masks is None:
             masks = [None] * len(images)
-        elif isinstance(masks, Tensor):
-            return ["ip_adapter_masks: a tensor, not a list of tensors"]
-        elif len(masks) != len(images):
-            return [f"ip_adapter_masks: {len(masks)} masks for {len(images)} adapters"]
+        elif not isinstance(masks, list) or len(masks) != len(images):
+            return ["ip_adapter_masks: expected a list with one entry for each adapter"]
         for scale, mask, state in zip(self.scale, masks, images, strict=True):
             scales = scale if isinstance(scale, list) else [scale]
             if any(type(s) not in (int, float) for s in scales):
-                return [f"adapter scale {scale!r}: expected a number or a list of numbers"]
+                return [f"adapter scale: expected a number or a list of numbers, got {scale!r}"]
             if mask is None:
                 if isinstance(scale, list) and any(s != 0 for s in scale):
                     return ["adapter scales per image: they need ip_adapter_masks"]
@@ -128,7 +137,7 @@ class _Fused:
             if not isinstance(mask, Tensor) or mask.ndim != 4 or state.ndim != 4 or mask.shape[1] != state.shape[1]:
                 return ["ip_adapter_masks: expected [1, images, height, width] for each adapter"]
             if mask.shape[0] not in (1, batch) or (isinstance(scale, list) and len(scale) != mask.shape[1]):
-                return [f"ip_adapter_masks: {list(mask.shape)} for a batch of {batch} with scale {scale!r}"]
+                return [f"ip_adapter_masks: got {list(mask.shape)} for a batch of {batch} with scale {scale!r}"]
         return []
 
     def _problem(self, attn: Attention, hidden_states: Tensor, text: Tensor, images: list[Tensor], masks: Any) -> Problem:
@@ -236,8 +245,13 @@ _Fused.__call__.__signature__ = inspect.signature(_Fused.__call__)  # type: igno
 
 def take_over(processor: nn.Module, name: str, session: Session) -> None:
     """Make a stock processor ours."""
-    processor._ipa_layer = Layer(name, session)  # type: ignore[assignment]
+    adopt(processor, name, session)
     processor.__class__ = FUSED[type(processor)]
+
+
+def adopt(processor: nn.Module, name: str, session: Session) -> None:
+    """Give a processor its place in a session."""
+    processor._ipa_layer = Layer(name, session)  # type: ignore[assignment]
     session.processors.add(processor)
 
 
