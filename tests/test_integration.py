@@ -219,9 +219,14 @@ def test_accelerated_restores_over_a_disable_and_another_unet() -> None:
         ipa_kernels.disable(pipe)
     assert ipa_kernels.explain(pipe).impl == "eager"
     ipa_kernels.disable(pipe)
-    with pytest.raises(KeyError), ipa_kernels.accelerated(pipe):
-        unet, pipe.unet = pipe.unet, None
+    unet = pipe.unet
+
+    def abandon() -> None:
+        pipe.unet = None
         raise KeyError
+
+    with pytest.raises(KeyError), ipa_kernels.accelerated(pipe):
+        abandon()
     assert not traces(unet)
 
 

@@ -1,7 +1,8 @@
 """Launch parameters as data: which block sizes run where, and what is refused. No triton, no torch, no autotuner.
 
-Every row is compiled for its architectures without a GPU (`python -m benchmarks.compile_report`): no register spills, shared
-memory within the device's limit; docs/decisions/0002-launch-table.md. No row has been timed on a GPU yet.
+Every row is compiled for its architectures without a GPU, at the head dims 40, 64, 80, 88, 128 and 160 and the lengths that need
+the most registers (`python -m benchmarks.compile_report`): no spills, shared memory within the device's limit; see
+docs/decisions/0002-launch-table.md. No row has been timed on a GPU yet.
 """
 
 from dataclasses import dataclass
@@ -53,24 +54,21 @@ SHARED_MEMORY = {
 }
 
 # Tensor cores by mma.sync, where a warp owns 16 rows; by wgmma or tcgen05, where four warps own 64; by MFMA.
-AMPERE = ("sm_80", "sm_86", "sm_87", "sm_89")
-CONSUMER_BLACKWELL = ("sm_120", "sm_121")
-MMA = AMPERE + CONSUMER_BLACKWELL
+MMA = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121")
 WGMMA = ("sm_90", "sm_100", "sm_103")
 CDNA = ("gfx942",)
 
 ANY = 2**63
 
 # The first row that fits wins. block_m is 16 times the number of warps where mma.sync computes: a warp with more rows spills,
-# and warps that share rows repeat each other's products (the last resort at a head dim of 160 on sm_120).
+# and warps that share rows repeat each other's products (the last resort, at a head dim of 160).
 TABLE = (
-    Row(MMA, 16, 64, 1023, LaunchConfig(64, block_n=32, whole_keys=128, whole_image_keys=32, num_warps=4)),
-    Row(MMA, 16, 64, ANY, LaunchConfig(128, block_n=32, whole_keys=128, whole_image_keys=32, num_warps=8)),
+    Row(MMA, 16, 64, 1023, LaunchConfig(64, block_n=64, whole_keys=128, whole_image_keys=32, num_warps=4)),
+    Row(MMA, 16, 64, ANY, LaunchConfig(128, block_n=64, whole_keys=128, whole_image_keys=32, num_warps=8)),
     Row(MMA, 16, 96, 1023, LaunchConfig(64, block_n=16, whole_keys=80, whole_image_keys=16, num_warps=4)),
     Row(MMA, 16, 96, ANY, LaunchConfig(128, block_n=16, whole_keys=80, whole_image_keys=16, num_warps=8)),
     Row(MMA, 16, 128, ANY, LaunchConfig(128, block_n=16, whole_keys=80, whole_image_keys=16, num_warps=8)),
-    Row(AMPERE, 16, 160, ANY, LaunchConfig(64, block_n=16, whole_keys=0, whole_image_keys=0, num_warps=8)),
-    Row(CONSUMER_BLACKWELL, 16, 160, ANY, LaunchConfig(64, block_n=16, whole_keys=0, whole_image_keys=0, num_warps=8)),
+    Row(MMA, 16, 160, ANY, LaunchConfig(64, block_n=16, whole_keys=0, whole_image_keys=0, num_warps=8)),
     Row(WGMMA, 16, 64, 1023, LaunchConfig(64, block_n=64, whole_keys=128, whole_image_keys=128, num_warps=4)),
     Row(WGMMA, 16, 96, 1023, LaunchConfig(64, block_n=32, whole_keys=128, whole_image_keys=64, num_warps=4)),
     Row(WGMMA, 16, 96, ANY, LaunchConfig(128, block_n=64, whole_keys=128, whole_image_keys=64, num_warps=8)),
