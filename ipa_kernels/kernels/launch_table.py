@@ -1,7 +1,7 @@
 """Launch parameters as data: which block sizes run where, and what is refused. No triton, no torch, no autotuner.
 
-Every row is compiled for its architectures without a GPU, at the head dims 40, 64, 80, 88, 128 and 160 and the lengths that need
-the most registers (`python -m benchmarks.compile_report`): no spills, shared memory within the device's limit; see
+Every row is compiled for its architectures without a GPU, at the head dims 40, 64, 80, 88, 128 and 160 and the lengths that
+need the most registers (`python -m benchmarks.compile_report`): no spills, shared memory within the device's limit; see
 docs/decisions/0002-launch-table.md. No row has been timed on a GPU yet.
 """
 
