@@ -54,20 +54,21 @@ SHARED_MEMORY = {
 }
 
 # Tensor cores by mma.sync, where a warp owns 16 rows; by wgmma or tcgen05, where four warps own 64; by MFMA.
-MMA = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_120", "sm_121")
+AMPERE = ("sm_80", "sm_86", "sm_87", "sm_89")
+MMA = (*AMPERE, "sm_120", "sm_121")
 WGMMA = ("sm_90", "sm_100", "sm_103")
 CDNA = ("gfx942",)
 
 ANY = 2**63
 
 # The first row that fits wins. block_m is 16 times the number of warps where mma.sync computes: a warp with more rows spills,
-# and warps that share rows repeat each other's products (the last resort, at a head dim of 160).
+# and warps that share rows repeat each other's products (the last resort, at a head dim of 160, on sm_120 from 128 on).
 TABLE = (
     Row(MMA, 16, 64, 1023, LaunchConfig(64, block_n=64, whole_keys=128, whole_image_keys=32, num_warps=4)),
     Row(MMA, 16, 64, ANY, LaunchConfig(128, block_n=64, whole_keys=128, whole_image_keys=32, num_warps=8)),
     Row(MMA, 16, 96, 1023, LaunchConfig(64, block_n=16, whole_keys=80, whole_image_keys=16, num_warps=4)),
     Row(MMA, 16, 96, ANY, LaunchConfig(128, block_n=16, whole_keys=80, whole_image_keys=16, num_warps=8)),
-    Row(MMA, 16, 128, ANY, LaunchConfig(128, block_n=16, whole_keys=80, whole_image_keys=16, num_warps=8)),
+    Row(AMPERE, 16, 128, ANY, LaunchConfig(128, block_n=16, whole_keys=80, whole_image_keys=16, num_warps=8)),
     Row(MMA, 16, 160, ANY, LaunchConfig(64, block_n=16, whole_keys=0, whole_image_keys=0, num_warps=8)),
     Row(WGMMA, 16, 64, 1023, LaunchConfig(64, block_n=64, whole_keys=128, whole_image_keys=128, num_warps=4)),
     Row(WGMMA, 16, 96, 1023, LaunchConfig(64, block_n=32, whole_keys=128, whole_image_keys=64, num_warps=4)),
