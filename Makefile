@@ -24,11 +24,12 @@ demo: $(READY) ## run a small pipeline with an IP-Adapter, stock and accelerated
 	@$(BIN)/ipa-kernels demo
 
 test: $(READY) ## run the tests (CPU; the kernel runs in Triton's interpreter)
-	@echo "== tests"
-	@$(BIN)/python -m pytest --numprocesses=2
+	@echo "== tests on the CPU; a GPU, if there is one, is hidden from them (make test-gpu uses it)"
+	@CUDA_VISIBLE_DEVICES=-1 HIP_VISIBLE_DEVICES=-1 $(BIN)/python -m pytest --numprocesses=2
 
-test-gpu: $(READY) ## run the gpu-marked tests
+test-gpu: $(READY) ## run the gpu-marked tests, and the kernel's tests in every dtype
 	@$(BIN)/python -m pytest -m gpu
+	@$(BIN)/python -m pytest -m 'not gpu' tests/test_kernel.py
 
 check: $(READY) ## format, lint, types, direction of imports
 	@$(BIN)/ruff format --check .

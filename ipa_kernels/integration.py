@@ -108,9 +108,11 @@ def disable(target: Any) -> None:
     if watch is None:
         return
     families = _families()
-    installed = (attention.processor for attention in watch.attentions.values())
-    for processor in {*installed, *watch.session.processors}:
-        if type(processor) in families.STOCK:
+    installed = {attention.processor for attention in watch.attentions.values()}
+    for processor in installed | set(watch.session.processors):
+        ours = type(processor) in families.STOCK
+        # one that was put into another enabled UNet since belongs to that one
+        if ours and (processor in installed or processor._ipa_layer.session is watch.session):
             families.give_back(processor)
     _detach(unet, watch)
 

@@ -243,6 +243,36 @@ def test_a_copy_of_a_processor_follows_the_unet_it_is_put_into() -> None:
     assert not traces(pipe.unet)
 
 
+def test_unusual_input_goes_to_stock_and_is_refused_by_triton() -> None:
+    unet = build("sd", ("base",)).unet
+    no_tokens = (torch.randn(1, 7, 64), [torch.randn(1, 1, 0, 64)])
+    hidden = torch.randn(1, 16, 64)
+    attention = unet.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn2")
+    with torch.no_grad():
+        expected = attention(hidden, encoder_hidden_states=no_tokens)
+        ipa_kernels.enable(unet)
+        assert torch.equal(attention(hidden, encoder_hidden_states=no_tokens), expected)
+        assert attention.processor._ipa_layer.impl == "stock"
+        ipa_kernels.enable(unet, impl="triton")
+        with pytest.raises(UnsupportedError, match=r"unusual input: image_keys\[0\]: expected at least one token"):
+            attention(hidden, encoder_hidden_states=no_tokens)
+
+
+def test_a_processor_moved_to_another_enabled_unet_stays_with_it() -> None:
+    first, second = (build("sd", ("base",)).unet for _ in range(2))
+    ipa_kernels.enable(first)
+    ipa_kernels.enable(second)
+    moved = first.attn_processors
+    second.set_attn_processor(dict(moved))
+    with torch.no_grad():
+        forward(second)
+    first.set_attn_processor(AttnProcessor2_0())
+    ipa_kernels.disable(first)
+    assert ipa_kernels.explain(second).eager == len(ipa_kernels.explain(second).layers) > 0
+    ipa_kernels.disable(second)
+    assert not traces(second)
+
+
 def test_an_adapter_loaded_behind_a_compiled_unet_says_that_it_waits() -> None:
     pipe = build("sd", ("base",))
     ipa_kernels.enable(pipe)

@@ -1,4 +1,4 @@
-"""The forward kernel: out = softmax(Q·Kᵗ·scale)·V + Σᵢ wᵢ·softmax(Q·Kᵢᵗ·scale)·Vᵢ   (arXiv:2308.06721, eq. 5).
+"""The forward kernel: out = softmax(Q·Kᵗ·scale)·V + Σᵢ wᵢ·softmax(Q·Kᵢᵗ·scale)·Vᵢ   (arXiv:2308.06721, section 3.2.2).
 
 One program owns BLOCK_M queries of one head. It reads them once, walks through the branches, sums in registers and writes
 once. Branch 0 is the text; it has weight 1. Branch i has the weight scale[b, i] · mask_i[b, m].

@@ -67,20 +67,20 @@ class _Fused:
         reasons = self._unusual(attn, hidden_states, encoder_hidden_states, attention_mask, ip_adapter_masks)
         if not reasons and not self.eager_is_exact and impl != "triton":
             _, reasons = layer_plan(attn, self, impl, hidden_states.device, hidden_states.dtype)
-        if reasons:
+        problem = None
+        if not reasons:
+            try:
+                text, images = encoder_hidden_states
+                problem = self._problem(attn, hidden_states, text, images, ip_adapter_masks)
+            except (TypeError, ValueError) as error:
+                # for the replaced class to run or to refuse, in its own words
+                reasons = [f"unusual input: {error}"]
+        if problem is None:
             if impl == "triton":
                 reasons += layer_reasons(hidden_states.device, hidden_states.dtype, attn.inner_dim // attn.heads)
                 saw = f"hidden_states {list(hidden_states.shape)}, {hidden_states.dtype}, {hidden_states.device}"
-                raise UnsupportedError(f'{layer.name}: impl="triton" cannot run {saw}: ' + "; ".join(dict.fromkeys(reasons)))
+                raise UnsupportedError(f'{layer.name}: impl="triton" cannot run {saw}: ' + "; ".join(reasons))
             layer.record("stock", reasons)
-            return stock()
-
-        text, images = encoder_hidden_states
-        try:
-            problem = self._problem(attn, hidden_states, text, images, ip_adapter_masks)
-        except (TypeError, ValueError) as error:
-            # for the replaced class to run or to refuse, in its own words
-            layer.record("stock", [f"unusual input: {error}"])
             return stock()
         chosen, reasons = choose(problem, impl)
         if chosen == "eager" and not self.eager_is_exact:
