@@ -5,7 +5,8 @@ which takes over IP-Adapters that are loaded later; each processor gets another 
 """
 
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,10 @@ _STATE = "_ipa_kernels"
 _OFF = "IPA_KERNELS_DISABLE"
 
 
+# Steps of one UNet may run in several threads, and each may find a new adapter.
+_SWITCH = threading.RLock()
+
+
 class _Watch:
     """The pre-hook of an enabled UNet: takes over, before a step, the processors that were loaded since the last one."""
 
@@ -33,17 +38,23 @@ class _Watch:
         if not torch.compiler.is_compiling():
             self.take_over_new([])
 
-    def take_over_new(self, taken: list[nn.Module]) -> None:
-        """Take over every stock IP-Adapter processor, and note in `taken` which."""
+    def take_over_new(self, undo: list[Callable[[], None]]) -> None:
+        """Take over every stock IP-Adapter processor; `undo` collects, in the order of the changes, what reverts each."""
         families = _families()
         for name, attention in self.attentions.items():
             processor = attention.processor
-            if type(processor) in families.FUSED:
-                families.take_over(processor, name, self.session)
-                taken.append(processor)
-            elif type(processor) in families.STOCK and processor._ipa_layer.session is not self.session:
-                # a copy of a processor of ours, from another model or from before a `disable`
-                families.adopt(processor, name, self.session)
+            if families.is_new(processor, self.session):
+                with _SWITCH:
+                    if families.is_new(processor, self.session):
+                        undo.append(families.take_over(processor, name, self.session))
+                continue
+            foreign = families.foreign_reason(processor)
+            if foreign is None:
+                continue
+            if self.session.impl == "triton":
+                raise UnsupportedError(f'{name}: impl="triton" cannot run this layer: {foreign}')
+            if self.session.impl == "auto":
+                self.session.warn_once(foreign, "its own code runs")
 
 
 def enable(target: Any, *, impl: str = "auto", cache: bool = True) -> Report:
@@ -74,25 +85,24 @@ def enable(target: Any, *, impl: str = "auto", cache: bool = True) -> Report:
         report = explain(target)
         report.note = f"{_OFF}=1: enable did nothing"
         return report
-    families = _families()
     if impl == "triton":
         _demand_kernel(unet)
     found = _watch(unet)
     watch = found or _Watch(unet, Session(impl, cache))
     session = watch.session
     before = session.impl, session.cache
-    taken: list[nn.Module] = []
+    undo: list[Callable[[], None]] = []
     try:
-        watch.take_over_new(taken)
         session.impl, session.cache = impl, cache
+        watch.take_over_new(undo)
         if found is None:
             watch.handle = unet.register_forward_pre_hook(watch)
             setattr(unet, _STATE, watch)
         return _report(unet, type(target).__name__)
     except BaseException:
         session.impl, session.cache = before
-        for processor in taken:
-            families.give_back(processor)
+        for revert in reversed(undo):
+            revert()
         if found is None:
             _detach(unet, watch)
         raise
@@ -170,7 +180,7 @@ def _report(unet: Any, target: str) -> Report:
             layers.append(LayerReport(name, planned, None, "; ".join(reasons), 0))
         else:
             layers.append(LayerReport(name, planned, layer.impl, layer.reason, layer.calls))
-    note = "" if layers else "no IP-Adapter is loaded: one that is loaded later is taken over on the next step"
+    note = "" if layers else _why_no_layers(unet)
     return Report(
         target=target,
         enabled=watch is not None,
@@ -178,6 +188,15 @@ def _report(unet: Any, target: str) -> Report:
         note=note if watch is not None else "",
         layers=layers,
     )
+
+
+def _why_no_layers(unet: Any) -> str:
+    if unet.config.encoder_hid_dim_type == "ip_image_proj":
+        return (
+            "an IP-Adapter is loaded, but other processors (set_attn_processor, attention slicing, fused QKV projections) took "
+            "the place of its own: diffusers cannot run it until those are back or it is loaded again"
+        )
+    return "no IP-Adapter is loaded: one that is loaded later is taken over on the next step"
 
 
 def clear_cache(target: Any) -> None:

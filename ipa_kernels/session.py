@@ -1,7 +1,4 @@
-"""What an enabled UNet and its processors remember. None of it is a parameter, and none of it survives a copy or a pickle.
-
-A deepcopy or an unpickled copy of an enabled model stays enabled, with the same options and nothing counted.
-"""
+"""What an enabled UNet and its processors remember. None of it is a parameter; a copy or a pickle keeps the options alone."""
 
 import warnings
 import weakref
@@ -51,6 +48,3 @@ class Layer:
         if self.session.impl == "auto":
             for reason in reasons:
                 self.session.warn_once(reason, "eager attention runs" if impl == "eager" else "diffusers' own code runs")
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Layer, (self.name, self.session)

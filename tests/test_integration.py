@@ -15,6 +15,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IP
 import ipa_kernels
 from ipa_kernels import Report, UnsupportedError, integration
 from ipa_kernels.kernels import decoupled_attention as kernel
+from ipa_kernels.processors.unet import STOCK
 from ipa_kernels.report import FallbackWarning
 
 from .pipelines import build, load, picture
@@ -27,7 +28,7 @@ def classes(pipe: object) -> list[type]:
 def traces(unet: object) -> list[object]:
     """Everything that `enable` leaves on a UNet."""
     state = [name for module in unet.modules() for name in vars(module) if "ipa" in name]
-    return [*state, *unet._forward_pre_hooks.values(), *(cls for cls in map(type, unet.modules()) if "Fused" in cls.__name__)]
+    return [*state, *unet._forward_pre_hooks.values(), *(kind for kind in map(type, unet.modules()) if kind in STOCK)]
 
 
 def test_enable_reports_and_disable_leaves_no_trace() -> None:
@@ -173,10 +174,10 @@ def test_a_failure_halfway_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> No
     take_over = families.take_over
     calls = iter(range(100))
 
-    def fail_at_the_third(*arguments: object) -> None:
+    def fail_at_the_third(*arguments: object) -> object:
         if next(calls) == 2:
             raise MemoryError("out of memory")
-        take_over(*arguments)
+        return take_over(*arguments)
 
     monkeypatch.setattr(families, "take_over", fail_at_the_third)
     with pytest.raises(MemoryError):

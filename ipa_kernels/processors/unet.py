@@ -2,20 +2,21 @@
 
 A processor is taken over by changing its class to a subclass that adds no parameter: it stays the same object with the same
 weights, and giving the class back undoes it. What a subclass cannot do exactly it hands to the class that it came from.
+
+The subclasses have the names of the classes that they replace: diffusers looks for "IPAdapter", "Added" and "XFormers" in them,
+its users print and compare them.
 """
 
 import inspect
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
 import torch
 from diffusers.image_processor import IPAdapterMaskProcessor
-from diffusers.models.attention_processor import (
-    Attention,
-    IPAdapterAttnProcessor,
-    IPAdapterAttnProcessor2_0,
-    IPAdapterXFormersAttnProcessor,
-)
+from diffusers.models import attention_processor as stock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.unets import unet_2d_condition, unet_motion_model
 from torch import Tensor, nn
 
 from ..ops import UnsupportedError
@@ -38,6 +39,11 @@ class _Fused:
     to_k_ip: nn.ModuleList
     to_v_ip: nn.ModuleList
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """A copy or a pickle of a processor is a stock one; a UNet that is enabled takes it over on its next step."""
+        state = {name: value for name, value in vars(self).items() if name != "_ipa_layer"}
+        return object.__new__, (STOCK[type(self)],), state
+
     def __call__(
         self,
         attn: Attention,
@@ -50,7 +56,7 @@ class _Fused:
     ) -> Tensor:
         """diffusers' processor call: hidden_states [B, M, C] and (text, [image tokens, ...]) to [B, M, C]."""
 
-        def stock() -> Tensor:
+        def replaced() -> Tensor:
             # diffusers names the last parameters and drops arguments that a processor does not name
             return super(_Fused, self).__call__(  # type: ignore[misc, no-any-return]
                 attn, hidden_states, encoder_hidden_states, attention_mask, temb, scale, ip_adapter_masks
@@ -63,7 +69,7 @@ class _Fused:
                 raise UnsupportedError(f'{layer.name}: impl="triton" cannot run this call: {_COMPILED}')
             # not counted: this runs once, when the graph is traced
             layer.impl, layer.reason = "stock", _COMPILED
-            return stock()
+            return replaced()
         reasons = self._unusual(attn, hidden_states, encoder_hidden_states, attention_mask, ip_adapter_masks)
         if not reasons and not self.eager_is_exact and impl != "triton":
             _, reasons = layer_plan(attn, self, impl, hidden_states.device, hidden_states.dtype)
@@ -81,11 +87,11 @@ class _Fused:
                 saw = f"hidden_states {list(hidden_states.shape)}, {hidden_states.dtype}, {hidden_states.device}"
                 raise UnsupportedError(f'{layer.name}: impl="triton" cannot run {saw}: ' + "; ".join(reasons))
             layer.record("stock", reasons)
-            return stock()
+            return replaced()
         chosen, reasons = choose(problem, impl)
         if chosen == "eager" and not self.eager_is_exact:
             layer.record("stock", reasons)
-            return stock()
+            return replaced()
         layer.record(chosen, reasons)
         out = run(problem, chosen)
         out = out.transpose(1, 2).reshape(hidden_states.shape[0], hidden_states.shape[1], -1)
@@ -97,22 +103,22 @@ class _Fused:
         """Why only the replaced class may run this call; every check is one that costs nothing."""
         reasons = _unusual_attention(attn)
         if attention_mask is not None:
-            reasons.append("attention_mask: only diffusers' own code takes one")
+            reasons.append("attention_mask: only diffusers' own code takes one; leaving encoder_attention_mask out lifts this")
         if hidden_states.ndim != 3:
             reasons.append(f"hidden_states: expected [batch, queries, channels], got {hidden_states.ndim} dimensions")
         if not _is_pair(states):
-            return [
-                *reasons,
-                "encoder_hidden_states: not a pair of text and a list of image tokens (deprecated in diffusers)",
-            ]
+            pair = "added_cond_kwargs={'image_embeds': [...]} of the UNet makes it"
+            return [*reasons, f"encoder_hidden_states: not a pair of text and a list of image tokens; {pair}"]
         text, images = states
         if len(images) != len(self.to_k_ip) or not isinstance(self.scale, list) or len(self.scale) != len(images):
-            return [*reasons, f"image inputs: got {len(images)} for {len(self.to_k_ip)} adapters with scales {self.scale}"]
+            count = f"got {len(images)} for {len(self.to_k_ip)} adapters with scales {self.scale}"
+            return [*reasons, f"image inputs: {count}; one entry for each adapter lifts this"]
         if any(state.ndim not in (3, 4) for state in images):
             reasons.append("image tokens: expected [batch, images, tokens, channels]")
         batches = {hidden_states.shape[0], text.shape[0], *(state.shape[0] for state in images)}
         if len(batches) > 1:
-            reasons.append(f"batch sizes of queries, text and images: diffusers folds different ones, got {sorted(batches)}")
+            got = f"diffusers folds different ones, got {sorted(batches)}"
+            reasons.append(f"batch sizes of queries, text and images: {got}; equal ones lift this")
         reasons += self._unusual_masks(masks, images, hidden_states.shape[0])
         if torch.is_grad_enabled() and any(
             tensor.requires_grad for tensor in chain((hidden_states, text, *images), attn.parameters())
@@ -209,12 +215,12 @@ def _mask_vector(mask: Tensor, query: Tensor) -> Tensor:
     return vector.to(dtype=query.dtype, device=query.device)
 
 
-class FusedIPAdapterAttnProcessor(_Fused, IPAdapterAttnProcessor):  # type: ignore[misc]
-    """In the place of `IPAdapterAttnProcessor`, which computes its scores by baddbmm."""
+class IPAdapterAttnProcessor(_Fused, stock.IPAdapterAttnProcessor):  # type: ignore[misc]
+    """In the place of the class that computes its scores by baddbmm."""
 
 
-class FusedIPAdapterAttnProcessor2_0(_Fused, IPAdapterAttnProcessor2_0):  # type: ignore[misc]
-    """In the place of `IPAdapterAttnProcessor2_0`, which every load of an IP-Adapter installs."""
+class IPAdapterAttnProcessor2_0(_Fused, stock.IPAdapterAttnProcessor2_0):  # type: ignore[misc]
+    """In the place of the class that every load of an IP-Adapter installs."""
 
     eager_is_exact = True
 
@@ -223,56 +229,81 @@ class FusedIPAdapterAttnProcessor2_0(_Fused, IPAdapterAttnProcessor2_0):  # type
         return None
 
 
-class FusedIPAdapterXFormersAttnProcessor(_Fused, IPAdapterXFormersAttnProcessor):  # type: ignore[misc]
-    """In the place of `IPAdapterXFormersAttnProcessor`. The name must contain XFormers: diffusers' loader looks for it."""
+class IPAdapterXFormersAttnProcessor(_Fused, stock.IPAdapterXFormersAttnProcessor):  # type: ignore[misc]
+    """In the place of the class that `enable_xformers_memory_efficient_attention` installs."""
 
     def _unusual_masks(self, masks: Any, images: list[Tensor], batch: int) -> list[str]:
         if masks is not None:
-            return ["ip_adapter_masks with xFormers: diffusers rounds them to float16 first"]
+            lift = "disable_xformers_memory_efficient_attention() lifts this"
+            return [f"ip_adapter_masks with xFormers: diffusers rounds them to float16 first; {lift}"]
         return super()._unusual_masks(masks, images, batch)
 
 
 FUSED: dict[type, Any] = {
-    IPAdapterAttnProcessor: FusedIPAdapterAttnProcessor,
-    IPAdapterAttnProcessor2_0: FusedIPAdapterAttnProcessor2_0,
-    IPAdapterXFormersAttnProcessor: FusedIPAdapterXFormersAttnProcessor,
+    stock.IPAdapterAttnProcessor: IPAdapterAttnProcessor,
+    stock.IPAdapterAttnProcessor2_0: IPAdapterAttnProcessor2_0,
+    stock.IPAdapterXFormersAttnProcessor: IPAdapterXFormersAttnProcessor,
 }
-STOCK: dict[type, Any] = {fused: stock for stock, fused in FUSED.items()}
+STOCK: dict[type, Any] = {ours: theirs for theirs, ours in FUSED.items()}
 
 # `Attention.forward` asks for the signature in every call; a stored one is four times as fast to get
 _Fused.__call__.__signature__ = inspect.signature(_Fused.__call__)  # type: ignore[attr-defined]
 
+# `set_default_attn_processor` compares exact classes with this registry, which is imported by name
+for _module in (stock, unet_2d_condition, unet_motion_model):
+    _known = tuple(FUSED[theirs] for theirs in _module.CROSS_ATTENTION_PROCESSORS if theirs in FUSED)
+    _module.CROSS_ATTENTION_PROCESSORS += _known
 
-def take_over(processor: nn.Module, name: str, session: Session) -> None:
-    """Make a stock processor ours."""
-    adopt(processor, name, session)
-    processor.__class__ = FUSED[type(processor)]
+
+def is_new(processor: object, session: Session) -> bool:
+    """Whether a session has yet to take over this processor: a stock one, or one of another session."""
+    return type(processor) in FUSED or (type(processor) in STOCK and processor._ipa_layer.session is not session)  # type: ignore[attr-defined]
 
 
-def adopt(processor: nn.Module, name: str, session: Session) -> None:
-    """Give a processor its place in a session."""
+def take_over(processor: nn.Module, name: str, session: Session) -> Callable[[], None]:
+    """Make a processor one of this session; what is returned reverts that."""
+    kind, layer = type(processor), vars(processor).get("_ipa_layer")
     processor._ipa_layer = Layer(name, session)  # type: ignore[assignment]
+    processor.__class__ = FUSED.get(kind, kind)
     session.processors.add(processor)
+
+    def revert() -> None:
+        session.processors.discard(processor)
+        if layer is None:
+            give_back(processor)
+        else:
+            processor._ipa_layer = layer
+
+    return revert
 
 
 def give_back(processor: nn.Module) -> None:
-    """The inverse of `take_over`."""
+    """Make a processor of ours a stock one again."""
     processor.__class__ = STOCK[type(processor)]
     del processor._ipa_layer
 
 
 def is_adapter(processor: object) -> bool:
-    """Whether a processor is one of diffusers' IP-Adapter processors for UNets, taken over or not."""
+    """Whether a processor is one of diffusers' IP-Adapter processors for UNets, or derived from one."""
     return isinstance(processor, tuple(FUSED))
+
+
+def foreign_reason(processor: object) -> str | None:
+    """Why an IP-Adapter's processor is not taken over, or None where it can be, or is no IP-Adapter's."""
+    kind = type(processor)
+    if kind in FUSED or kind in STOCK or not is_adapter(processor):
+        return None
+    return f"processor {kind.__name__}: not one of diffusers' own classes, which alone are taken over"
 
 
 def layer_plan(
     attn: Attention, processor: object, impl: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[str, list[str]]:
     """("triton", "eager" or "stock", why not the kernel) for a layer, as far as it is known before there are inputs."""
+    foreign = foreign_reason(processor)
+    if foreign is not None:
+        return "stock", [foreign]
     kind = STOCK.get(type(processor), type(processor))
-    if kind not in FUSED:
-        return "stock", [f"processor {kind.__name__}: not one of diffusers' own classes"]
     fallback = "eager" if FUSED[kind].eager_is_exact else "stock"
     if impl == "eager":
         return fallback, ['impl="eager"']
