@@ -131,19 +131,20 @@ class _Fused:
         if masks is None:
             masks = [None] * len(images)
         elif not isinstance(masks, list) or len(masks) != len(images):
-            return ["ip_adapter_masks: expected a list with one entry for each adapter"]
+            return ["ip_adapter_masks: diffusers reads it in its own way; a list with one entry for each adapter lifts this"]
         for scale, mask, state in zip(self.scale, masks, images, strict=True):
             scales = scale if isinstance(scale, list) else [scale]
             if any(type(s) not in (int, float) for s in scales):
-                return [f"adapter scale: expected a number or a list of numbers, got {scale!r}"]
+                return [f"adapter scale: got {scale!r}; a number, or a list of numbers, lifts this"]
             if mask is None:
                 if isinstance(scale, list) and any(s != 0 for s in scale):
-                    return ["adapter scales per image: they need ip_adapter_masks"]
+                    return ["adapter scales per image: ip_adapter_masks for the images lift this"]
                 continue
             if not isinstance(mask, Tensor) or mask.ndim != 4 or state.ndim != 4 or mask.shape[1] != state.shape[1]:
-                return ["ip_adapter_masks: expected [1, images, height, width] for each adapter"]
+                return ["ip_adapter_masks: a tensor [1, images, height, width] for each adapter lifts this"]
             if mask.shape[0] not in (1, batch) or (isinstance(scale, list) and len(scale) != mask.shape[1]):
-                return [f"ip_adapter_masks: got {list(mask.shape)} for a batch of {batch} with scale {scale!r}"]
+                got = f"got {list(mask.shape)} for a batch of {batch} with scale {scale!r}"
+                return [f"ip_adapter_masks: {got}; one row or a row per batch row, and a scale per image, lift this"]
         return []
 
     def _problem(self, attn: Attention, hidden_states: Tensor, text: Tensor, images: list[Tensor], masks: Any) -> Problem:
