@@ -77,19 +77,19 @@ def stable_diffusion_xl(seed: int = 0) -> Any:
 
 def base_adapter(unet: Any, seed: int = 0) -> dict[str, dict[str, Tensor]]:
     """The checkpoint of a base IP-Adapter: 4 image tokens from one linear projection of the pooled embedding."""
-    random = _Random(seed)
+    random = Random(seed)
     projection = {
         "proj.weight": random(4 * CROSS_ATTENTION_DIM, IMAGE_EMBED_DIM),
         "proj.bias": random(4 * CROSS_ATTENTION_DIM),
         "norm.weight": 1 + random(CROSS_ATTENTION_DIM),
         "norm.bias": random(CROSS_ATTENTION_DIM),
     }
-    return {"image_proj": projection, "ip_adapter": _attention_weights(unet, random)}
+    return {"image_proj": projection, "ip_adapter": attention_weights(unet, random)}
 
 
 def plus_adapter(unet: Any, seed: int = 0, tokens: int = 16) -> dict[str, dict[str, Tensor]]:
     """The checkpoint of an IP-Adapter Plus: `tokens` image tokens from a four-layer resampler over the hidden states."""
-    random = _Random(seed)
+    random = Random(seed)
     width = 64
     projection = {
         "latents": random(1, tokens, width),
@@ -99,18 +99,9 @@ def plus_adapter(unet: Any, seed: int = 0, tokens: int = 16) -> dict[str, dict[s
         "proj_out.bias": random(CROSS_ATTENTION_DIM),
         "norm_out.weight": 1 + random(CROSS_ATTENTION_DIM),
         "norm_out.bias": random(CROSS_ATTENTION_DIM),
+        **resampler_layers(random, width),
     }
-    for i in range(4):
-        for norm in (f"layers.{i}.0.norm1", f"layers.{i}.0.norm2", f"layers.{i}.1.0"):
-            projection |= {f"{norm}.weight": 1 + random(width), f"{norm}.bias": random(width)}
-        projection |= {
-            f"layers.{i}.0.to_q.weight": random(64, width),
-            f"layers.{i}.0.to_kv.weight": random(128, width),
-            f"layers.{i}.0.to_out.weight": random(width, 64),
-            f"layers.{i}.1.1.weight": random(4 * width, width),
-            f"layers.{i}.1.3.weight": random(width, 4 * width),
-        }
-    return {"image_proj": projection, "ip_adapter": _attention_weights(unet, random)}
+    return {"image_proj": projection, "ip_adapter": attention_weights(unet, random)}
 
 
 def load(pipe: Any, *adapters: dict[str, dict[str, Tensor]]) -> None:
@@ -119,7 +110,7 @@ def load(pipe: Any, *adapters: dict[str, dict[str, Tensor]]) -> None:
     pipe.load_ip_adapter(list(adapters), subfolder=blanks, weight_name=blanks, image_encoder_folder=None)
 
 
-class _Random:
+class Random:
     """Random weights, scaled by their fan-in so that activations keep their size."""
 
     def __init__(self, seed: int) -> None:
@@ -129,16 +120,32 @@ class _Random:
         return torch.randn(*shape, generator=self.generator) / math.sqrt(shape[-1])
 
 
-def _attention_weights(unet: Any, random: _Random) -> dict[str, Tensor]:
+def attention_weights(unet: Any, random: Random) -> dict[str, Tensor]:
     """to_k_ip and to_v_ip of every cross-attention, numbered as in the original checkpoints: 1, 3, 5, ..."""
     weights: dict[str, Tensor] = {}
-    cross = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    cross = [name for name in unet.attn_processors if name.endswith("attn2.processor") and "motion_modules" not in name]
     for i, name in enumerate(cross):
         attention = unet.get_submodule(name.removesuffix(".processor"))
         blank = IPAdapterAttnProcessor2_0(attention.inner_dim, attention.cross_attention_dim).state_dict()
         for kind in ("to_k_ip", "to_v_ip"):
             weights[f"{2 * i + 1}.{kind}.weight"] = random(*blank[f"{kind}.0.weight"].shape)
     return weights
+
+
+def resampler_layers(random: Random, width: int) -> dict[str, Tensor]:
+    """The four layers of a resampler of IP-Adapter Plus."""
+    layers: dict[str, Tensor] = {}
+    for i in range(4):
+        for norm in (f"layers.{i}.0.norm1", f"layers.{i}.0.norm2", f"layers.{i}.1.0"):
+            layers |= {f"{norm}.weight": 1 + random(width), f"{norm}.bias": random(width)}
+        layers |= {
+            f"layers.{i}.0.to_q.weight": random(64, width),
+            f"layers.{i}.0.to_kv.weight": random(128, width),
+            f"layers.{i}.0.to_out.weight": random(width, 64),
+            f"layers.{i}.1.1.weight": random(4 * width, width),
+            f"layers.{i}.1.3.weight": random(width, 4 * width),
+        }
+    return layers
 
 
 def _vae() -> AutoencoderKL:

@@ -1,12 +1,16 @@
 """What every test gets: the interpreter where there is no GPU, a device to run on, memory that is poisoned until written."""
 
 import os
+from collections import Counter
 
 import pytest
 import torch
 
 # Tiny tensors on two test processes: more threads only wait for each other.
 torch.set_num_threads(1)
+
+# Hundreds of loads of tiny adapters would say hundreds of times that they come without an image encoder.
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 # Triton reads this when a kernel is decorated, so it is set before anything imports one.
 if not torch.cuda.is_available():
@@ -20,6 +24,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(lifted)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests counted, summed up: `record_property("cells of the matrix", 230)`."""
+    counts: Counter[str] = Counter()
+    for report in terminalreporter.getreports("passed"):
+        counts.update({name: value for name, value in report.user_properties if isinstance(value, int)})
+    for name, count in counts.items():
+        terminalreporter.write_line(f"{name}: {count:,}")
 
 
 @pytest.fixture(scope="session")

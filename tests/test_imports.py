@@ -110,12 +110,13 @@ def test_without_triton_pipelines_run_eagerly() -> None:
         import warnings
         warnings.simplefilter("ignore")
         import ipa_kernels
-        from tests.pipelines import build, picture
+        from tests.zoo.generate import generate
+        from tests.zoo.pipelines import build
         pipe = build("sd", ("base",))
-        stock = picture(pipe, ("base",))
+        stock = generate(pipe, ("base",))
         report = ipa_kernels.enable(pipe)
         assert "triton: cannot be imported" in report.layers[0].reason
-        assert torch.equal(picture(pipe, ("base",)), stock)
+        assert torch.equal(generate(pipe, ("base",)), stock)
         assert ipa_kernels.explain(pipe).eager == len(report.layers)
         """,
         "triton",

@@ -15,20 +15,15 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IP
 import ipa_kernels
 from ipa_kernels import Report, UnsupportedError, integration
 from ipa_kernels.kernels import decoupled_attention as kernel
-from ipa_kernels.processors.unet import STOCK
 from ipa_kernels.report import FallbackWarning
 
-from .pipelines import build, load, picture
+from .zoo.adapters import load
+from .zoo.generate import generate, traces
+from .zoo.pipelines import build
 
 
 def classes(pipe: object) -> list[type]:
     return [type(processor) for processor in pipe.unet.attn_processors.values()]
-
-
-def traces(unet: object) -> list[object]:
-    """Everything that `enable` leaves on a UNet."""
-    state = [name for module in unet.modules() for name in vars(module) if "ipa" in name]
-    return [*state, *unet._forward_pre_hooks.values(), *(kind for kind in map(type, unet.modules()) if kind in STOCK)]
 
 
 def test_enable_reports_and_disable_leaves_no_trace() -> None:
@@ -73,30 +68,30 @@ def test_without_an_adapter_enable_says_so_and_waits() -> None:
     report = ipa_kernels.enable(pipe)
     assert not report.layers
     assert "no IP-Adapter is loaded" in str(report)
-    picture(pipe)
+    generate(pipe)
     load(pipe, "base")
     assert {layer.impl for layer in ipa_kernels.explain(pipe).layers} == {None}
-    accelerated = picture(pipe, ("base",))
+    accelerated = generate(pipe, ("base",))
     report = ipa_kernels.explain(pipe)
     assert report.eager == len(report.layers) > 0
-    assert {layer.calls for layer in report.layers} == {3}
+    assert {layer.calls for layer in report.layers} == {2}
     ipa_kernels.disable(pipe)
-    assert torch.equal(picture(pipe, ("base",)), accelerated)
+    assert torch.equal(generate(pipe, ("base",)), accelerated)
 
 
 def test_a_second_load_and_an_unload_keep_working() -> None:
     pipe = build("sd", ("base",))
     ipa_kernels.enable(pipe)
-    picture(pipe, ("base",))
+    generate(pipe, ("base",))
     load(pipe, "plus", "base", seed=7)
-    accelerated = picture(pipe, ("plus", "base"))
+    accelerated = generate(pipe, ("plus", "base"))
     assert ipa_kernels.explain(pipe).eager > 0
     pipe.unload_ip_adapter()
     assert not ipa_kernels.explain(pipe).layers
-    picture(pipe)
+    generate(pipe)
     ipa_kernels.disable(pipe)
     assert set(classes(pipe)) == {AttnProcessor2_0}
-    assert torch.equal(picture(build_with(("plus", "base"), seed=7), ("plus", "base")), accelerated)
+    assert torch.equal(generate(build_with(("plus", "base"), seed=7), ("plus", "base")), accelerated)
 
 
 def build_with(adapters: tuple[str, ...], seed: int) -> object:
@@ -160,7 +155,7 @@ def test_demanding_the_kernel_never_falls_back_in_a_call() -> None:
     ipa_kernels.enable(pipe, impl="triton")
     pipe.to(torch.float64)
     with pytest.raises(UnsupportedError, match=r"dtype torch.float64.*computes in"):
-        picture(pipe, ("base",))
+        generate(pipe, ("base",))
     unet = build("sd", ("base",)).unet
     ipa_kernels.enable(unet, impl="triton")
     with pytest.raises(UnsupportedError, match="gradient"):
@@ -238,7 +233,7 @@ def test_a_copy_of_a_processor_follows_the_unet_it_is_put_into() -> None:
     ipa_kernels.disable(pipe)
     pipe.unet.set_attn_processor(saved)
     ipa_kernels.enable(pipe, impl="triton")
-    picture(pipe, ("base",), size=8)
+    generate(pipe, ("base",))
     assert ipa_kernels.explain(pipe).triton > 0
     ipa_kernels.disable(pipe)
     assert not traces(pipe.unet)
@@ -285,8 +280,8 @@ def test_accelerated_restores_what_it_found() -> None:
     pipe = build("sd", ("base",))
     with ipa_kernels.accelerated(pipe) as report:
         assert {layer.calls for layer in report.layers} == {0}
-        picture(pipe, ("base",))
-    assert {layer.calls for layer in report.layers} == {3}, "the report is refreshed on exit"
+        generate(pipe, ("base",))
+    assert {layer.calls for layer in report.layers} == {2}, "the report is refreshed on exit"
     assert not traces(pipe.unet)
 
     ipa_kernels.enable(pipe, impl="eager")
@@ -303,7 +298,7 @@ def test_accelerated_restores_what_it_found() -> None:
 def test_the_report_is_readable_and_ready_for_json() -> None:
     pipe = build("sdxl", ("base",))
     ipa_kernels.enable(pipe)
-    picture(pipe, ("base",))
+    generate(pipe, ("base",))
     report = ipa_kernels.explain(pipe)
     assert isinstance(report, Report)
     names = [layer.name for layer in report.layers]
@@ -323,13 +318,13 @@ def test_each_reason_warns_once() -> None:
     pipe = build("sd", ("base",))
     ipa_kernels.enable(pipe)
     with pytest.warns(FallbackWarning, match="eager attention runs instead of the kernel") as caught:
-        picture(pipe, ("base",))
+        generate(pipe, ("base",))
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        picture(pipe, ("base",))
+        generate(pipe, ("base",))
         with ipa_kernels.accelerated(build("sd", ("base",)), impl="eager"):
-            picture(pipe, ("base",))
+            generate(pipe, ("base",))
 
 
 def test_values_in_a_reason_do_not_make_it_another_one() -> None:
@@ -365,17 +360,17 @@ def test_the_environment_switch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda unet: pickle.loads(pickle.dumps(unet))], ids=["deepcopy", "pickle"])
 def test_a_copy_stays_enabled_on_its_own(copier: object) -> None:
     pipe = build("sd", ("base",))
-    stock = picture(pipe, ("base",))
+    stock = generate(pipe, ("base",))
     ipa_kernels.enable(pipe, impl="eager")
-    picture(pipe, ("base",))
+    generate(pipe, ("base",))
     original, pipe.unet = pipe.unet, copier(pipe.unet)
     report = ipa_kernels.explain(pipe)
     assert report.enabled
     assert report.impl == "eager"
     assert {layer.calls for layer in report.layers} == {0}
-    assert torch.equal(picture(pipe, ("base",)), stock)
-    assert {layer.calls for layer in ipa_kernels.explain(pipe).layers} == {3}
-    assert {layer.calls for layer in ipa_kernels.explain(original).layers} == {3}, "the original counts its own calls"
+    assert torch.equal(generate(pipe, ("base",)), stock)
+    assert {layer.calls for layer in ipa_kernels.explain(pipe).layers} == {2}
+    assert {layer.calls for layer in ipa_kernels.explain(original).layers} == {2}, "the original counts its own calls"
     ipa_kernels.disable(pipe)
     assert not traces(pipe.unet)
     assert ipa_kernels.explain(original).enabled
@@ -384,7 +379,7 @@ def test_a_copy_stays_enabled_on_its_own(copier: object) -> None:
 def test_an_abandoned_unet_is_freed() -> None:
     pipe = build("sd", ("base",))
     ipa_kernels.enable(pipe)
-    picture(pipe, ("base",))
+    generate(pipe, ("base",))
     unet = weakref.ref(pipe.unet)
     del pipe
     gc.collect()
@@ -454,7 +449,7 @@ def test_an_adapter_of_scale_zero_is_not_even_projected() -> None:
     for name, module in pipe.unet.named_modules():
         if "_ip." in name:
             module.register_forward_hook(lambda *arguments, name=name: projected.append(name))
-    picture(pipe, ("base", "plus"))
+    generate(pipe, ("base", "plus"))
     assert {name.rsplit(".", 1)[1] for name in projected} == {"1"}
 
 

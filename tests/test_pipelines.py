@@ -1,147 +1,115 @@
-"""Whole pipelines against stock diffusers: bit for bit on the eager path, within the error budget through the kernel."""
+"""What the matrix has no column for: sizes, dtypes, wrong input, the oldest processor class, guiders."""
+
+from typing import Any
 
 import pytest
 import torch
+from diffusers.guiders import (
+    AdaptiveProjectedGuidance,
+    ClassifierFreeZeroStarGuidance,
+    SmoothedEnergyGuidance,
+    TangentialClassifierFreeGuidance,
+)
+from diffusers.hooks import SmoothedEnergyGuidanceConfig
 from diffusers.models.attention_processor import IPAdapterAttnProcessor
 
 import ipa_kernels
-from ipa_kernels import reference
 
-from .pipelines import build, picture, random_masks
+from .zoo import own
+from .zoo.controls import CONTROLS, Control, binary
+from .zoo.generate import generate, outcome, same, target
+from .zoo.pipelines import build
 
-SETS = [("base",), ("plus",), ("base", "plus")]
 
-
-@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
-@pytest.mark.parametrize("adapters", SETS, ids="+".join)
+@pytest.mark.parametrize("size", [12, 20], ids=lambda size: f"{size}x{size} latents")
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_enabled_is_stock_bit_for_bit(kind: str, adapters: tuple[str, ...], masked: bool) -> None:
-    pipe = build(kind, adapters)
-    options = {"masks": random_masks(adapters)} if masked else {}
-    before = {name: (processor, type(processor)) for name, processor in pipe.unet.attn_processors.items()}
-    parameters = dict(pipe.unet.named_parameters())
-    keys = list(pipe.unet.state_dict())
-    stock = picture(pipe, adapters, **options)
-
-    ipa_kernels.enable(pipe)
-    accelerated = picture(pipe, adapters, **options)
-    report = ipa_kernels.explain(pipe)
-    assert torch.equal(accelerated, stock)
-    assert report.eager == len(report.layers) > 0, str(report)
-    assert {layer.calls for layer in report.layers} == {3}
-    assert list(pipe.unet.state_dict()) == keys
-
-    ipa_kernels.disable(pipe)
-    after = {name: (processor, type(processor)) for name, processor in pipe.unet.attn_processors.items()}
-    assert after == before
-    assert all(after[name][0] is before[name][0] for name in before)
-    assert all(parameters[name] is parameter for name, parameter in pipe.unet.named_parameters())
-    assert list(pipe.unet.state_dict()) == keys
-    assert torch.equal(picture(pipe, adapters, **options), stock)
-
-    # the adapter matters: without it the comparison above would prove nothing
-    pipe.set_ip_adapter_scale([0.0] * len(adapters))
-    assert not torch.equal(picture(pipe, adapters, **options), stock)
-
-
-@pytest.mark.parametrize("masked", [False, True], ids=["unmasked", "masked"])
-@pytest.mark.parametrize("adapters", SETS, ids="+".join)
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_the_kernels_pictures_are_within_the_budget(kind: str, adapters: tuple[str, ...], masked: bool) -> None:
-    # 8×8 latents: one program of the interpreter for each head
-    options = {"size": 8, **({"masks": random_masks(adapters)} if masked else {})}
-    pipe = build(kind, adapters)
-    stock = picture(pipe, adapters, **options)
-    with ipa_kernels.accelerated(pipe, impl="triton") as report:
-        actual = picture(pipe, adapters, **options)
-    truth = picture(build(kind, adapters, torch.float64), adapters, **options)
-    assert report.triton == len(report.layers) > 0, str(report)
-    assert not torch.equal(actual, stock), "the kernel did not run"
-    result = reference.compare(actual, stock, truth.double())
-    assert result.within, str(result)
-
-
-CONTROLS = {
-    "three images in one softmax": ({"images": 3}, [0.7]),
-    "masks for three images, a scale each": ({"images": 3, "mask_images": 3}, [[0.5, 0.0, -1.0]]),
-    "masks for three images, one scale": ({"images": 3, "mask_images": 3}, [0.5]),
-    "negative scale": ({}, [-0.5]),
-    "integer scale": ({}, [1]),
-    "scale 0": ({}, [0.0]),
-    "scale 42": ({}, [42.0]),
-    "per layer": ({}, {"up": {"block_1": [0.0, 1.0]}}),
-    "no guidance": ({"guidance": 1.0}, [0.7]),
-    "odd size": ({"size": 14}, [0.7]),
-}
-
-
-@pytest.mark.parametrize("name", CONTROLS)
-def test_controls_are_stock_bit_for_bit(name: str) -> None:
-    options, scales = CONTROLS[name]
-    options = dict(options)
-    pipe = build("sd", ("plus",))
-    if "mask_images" in options:
-        options["masks"] = random_masks(("plus",), options.pop("mask_images"))
-    set_scales(pipe, scales)
-    stock = picture(pipe, ("plus",), **options)
-    with ipa_kernels.accelerated(pipe) as report:
-        assert torch.equal(picture(pipe, ("plus",), **options), stock)
-    assert report.stock == 0, str(report)
-
-
-def test_one_adapter_masked_and_one_not() -> None:
-    adapters = ("base", "plus")
-    pipe = build("sd", adapters)
-    masks = [None, *random_masks(("plus",))]
-    stock = picture(pipe, adapters, masks=masks)
+def test_sizes_that_no_tile_divides(kind: str, size: int) -> None:
+    control = CONTROLS["masks for two images"]
+    pipe = build(kind, ("base", "plus"))
+    stock = generate(pipe, ("base", "plus"), control, size=size)
     with ipa_kernels.accelerated(pipe):
-        assert torch.equal(picture(pipe, adapters, masks=masks), stock)
+        assert torch.equal(generate(pipe, ("base", "plus"), control, size=size), stock)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "animatediff"])
+def test_other_dtypes(kind: str, dtype: torch.dtype) -> None:
+    control = CONTROLS["soft overlapping masks"]
+    pipe = build(kind, ("base", "plus"), dtype)
+    stock = generate(pipe, ("base", "plus"), control)
+    with ipa_kernels.accelerated(pipe) as report:
+        assert torch.equal(generate(pipe, ("base", "plus"), control), stock)
+    assert report.eager == len(report.layers) > 0
+
+
+def test_a_picture_with_its_decoder() -> None:
+    pipe = build("sd", ("plus",))
+    stock = generate(pipe, ("plus",), output_type="pt")
+    with ipa_kernels.accelerated(pipe):
+        assert torch.equal(generate(pipe, ("plus",), output_type="pt"), stock)
+
+
+def test_autocast() -> None:
+    pipe = build("sd", ("plus",))
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = generate(pipe, ("plus",))
+        with ipa_kernels.accelerated(pipe) as report:
+            assert torch.equal(generate(pipe, ("plus",)), stock)
+    assert report.eager == len(report.layers) > 0
+
+
+def test_blocks_and_layers_of_one_pipeline_by_instantstyle() -> None:
+    pipe = build("sdxl", ("plus",))
+    pipe.set_ip_adapter_scale({"down": {"block_1": 0.3}, "up": {"block_0": [0.0, 1.2]}})
+    stock = generate(pipe, ("plus",))
+    with ipa_kernels.accelerated(pipe):
+        assert torch.equal(generate(pipe, ("plus",)), stock)
+    pipe.set_ip_adapter_scale({"up": {"block_0": [1.2, 0.0]}})
+    assert not torch.equal(generate(pipe, ("plus",)), stock)
 
 
 def test_a_mask_of_another_aspect_ratio_warns_as_stock_does() -> None:
+    control = CONTROLS["masks of another aspect ratio"]
     pipe = build("sd", ("base",))
-    masks = [torch.rand(1, 1, 24, 31)]
     with pytest.warns(UserWarning, match="aspect ratio of the mask"):
-        stock = picture(pipe, ("base",), masks=masks)
+        stock = generate(pipe, ("base",), control)
     with ipa_kernels.accelerated(pipe), pytest.warns(UserWarning, match="aspect ratio of the mask"):
-        assert torch.equal(picture(pipe, ("base",), masks=masks), stock)
+        assert torch.equal(generate(pipe, ("base",), control), stock)
 
 
 WRONG = {
-    "number of masks": {"masks": random_masks(("base", "base"))},
-    "number of images": {"masks": random_masks(("base",), 2)},
-    "rank of a mask": {"masks": [torch.rand(24, 24)]},
-    "scales per image without masks": {"scales": [[0.5, 0.5]]},
-    "scale of None": {"scales": [None]},
-    "masks in a tuple": {"masks": tuple(random_masks(("base",)))},
-    "masks of 5": {"masks": 5},
+    "masks in a tuple": (Control(masks=lambda n, rows: (binary(),)), [0.7]),
+    "masks of 5": (Control(masks=lambda n, rows: 5), [0.7]),
+    "masks of 5 in a list": (Control(masks=lambda n, rows: [5]), [0.7]),
+    "masks in a tensor of three dimensions": (Control(masks=lambda n, rows: binary()[0]), [0.7]),
+    "masks of three rows": (Control(masks=lambda n, rows: [binary(rows=3)]), [0.7]),
+    "scale of None": (Control(), [None]),
+    "scale in a string": (Control(), ["1"]),
+    "no scale": (Control(), []),
+    "a bare number": (Control(), 0.5),
+    "three scales for two images": (Control(images=2, masks=lambda n, rows: [binary(2)]), [[0.1, 0.2, 0.3]]),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_where_stock_raises_enabled_raises_the_same(name: str) -> None:
-    options = dict(WRONG[name])
+    control, scale = WRONG[name]
     pipe = build("sd", ("base",))
-    set_scales(pipe, options.pop("scales", [0.7]))
-    with pytest.raises(Exception) as stock:  # noqa: PT011 (whatever stock raises)
-        picture(pipe, ("base",), **options)
+    set_scale(pipe, scale)
+    stock = outcome(pipe, ("base",), control)
     ipa_kernels.enable(pipe)
-    with pytest.raises(type(stock.value)) as enabled:
-        picture(pipe, ("base",), **options)
-    assert str(enabled.value) == str(stock.value)
+    enabled = outcome(pipe, ("base",), control)
+    assert same(enabled, stock), f"{enabled}, stock {stock}"
 
 
-def test_a_scale_changed_in_the_middle_of_a_generation() -> None:
-    def cut_off(pipe: object, step: int, timestep: int, tensors: dict) -> dict:
-        if step == 1:
-            pipe.set_ip_adapter_scale(0.0)
-        return tensors
-
-    pipe = build("sd", ("plus",))
-    stock = picture(pipe, ("plus",), callback_on_step_end=cut_off)
-    pipe.set_ip_adapter_scale(0.7)
-    ipa_kernels.enable(pipe)
-    assert torch.equal(picture(pipe, ("plus",), callback_on_step_end=cut_off), stock)
+@pytest.mark.parametrize("masks", [torch.stack([binary(seed=i) for i in range(2)])], ids=["[adapters, 1, 1, H, W]"])
+def test_masks_in_one_tensor(masks: torch.Tensor) -> None:
+    control = Control(masks=lambda n, rows: masks[:, 0])
+    pipe = build("sd", ("base", "plus"))
+    stock = generate(pipe, ("base", "plus"), control)
+    with ipa_kernels.accelerated(pipe) as report:
+        assert torch.equal(generate(pipe, ("base", "plus"), control), stock)
+    assert {layer.impl for layer in report.layers} == {"stock"}
 
 
 def test_the_oldest_processor_class_runs_the_kernel_or_stock() -> None:
@@ -151,21 +119,39 @@ def test_the_oldest_processor_class_runs_the_kernel_or_stock() -> None:
             old = IPAdapterAttnProcessor(processor.hidden_size, processor.cross_attention_dim, (16,), 0.7)
             old.load_state_dict(processor.state_dict())
             pipe.unet.get_submodule(name.removesuffix(".processor")).set_processor(old)
-    stock = picture(pipe, ("plus",))
+    stock = generate(pipe, ("plus",))
     with ipa_kernels.accelerated(pipe) as report:
-        assert torch.equal(picture(pipe, ("plus",)), stock)
+        assert torch.equal(generate(pipe, ("plus",)), stock)
     assert report.stock == len(report.layers)
     with ipa_kernels.accelerated(pipe, impl="triton") as report:
-        actual = picture(pipe, ("plus",), size=8)
+        actual = generate(pipe, ("plus",))
     assert report.triton == len(report.layers)
-    torch.testing.assert_close(actual, picture(pipe, ("plus",), size=8), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, stock, rtol=1e-4, atol=1e-5)
 
 
-def set_scales(pipe: object, scales: object) -> None:
-    """As `set_ip_adapter_scale`, which refuses some of the values that a test wants to see refused later."""
-    if isinstance(scales, dict):
-        pipe.set_ip_adapter_scale(scales)
-        return
+GUIDERS = {
+    "adaptive projected": lambda scale: AdaptiveProjectedGuidance(guidance_scale=scale),
+    "zero star": lambda scale: ClassifierFreeZeroStarGuidance(guidance_scale=scale),
+    "tangential": lambda scale: TangentialClassifierFreeGuidance(guidance_scale=scale),
+    "smoothed energy": lambda scale: SmoothedEnergyGuidance(
+        guidance_scale=scale,
+        seg_guidance_config=SmoothedEnergyGuidanceConfig(indices=[0], fqn="mid_block.attentions.0.transformer_blocks"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GUIDERS)
+def test_every_guider_of_the_modular_pipeline(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(own.GUIDERS, "cfg", GUIDERS[name])
+    pipe = build("modular", ("plus",))
+    stock = generate(pipe, ("plus",))
+    with ipa_kernels.accelerated(target(pipe)) as report:
+        assert torch.equal(generate(pipe, ("plus",)), stock)
+    assert report.eager == len(report.layers) > 0
+
+
+def set_scale(pipe: Any, scale: Any) -> None:
+    """As a script that writes to the processors: `set_ip_adapter_scale` refuses some of these itself."""
     for processor in pipe.unet.attn_processors.values():
         if hasattr(processor, "to_k_ip"):
-            processor.scale = list(scales)
+            processor.scale = scale
