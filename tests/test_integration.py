@@ -204,7 +204,7 @@ def test_a_refused_call_lists_every_reason_and_what_it_saw() -> None:
     embeds = {"image_embeds": [image]}
     with pytest.raises(UnsupportedError) as caught:
         unet(latents, 7, text, encoder_attention_mask=torch.ones(1, 7), added_cond_kwargs=embeds)
-    for reason in ("hidden_states [1, 64, 64], torch.float64, cpu", "attention_mask", "gradient", "dtype torch.float64"):
+    for reason in ("hidden_states [1, 64, 32], torch.float64, cpu", "attention_mask", "gradient", "dtype torch.float64"):
         assert reason in str(caught.value)
 
 
@@ -242,7 +242,7 @@ def test_a_copy_of_a_processor_follows_the_unet_it_is_put_into() -> None:
 def test_unusual_input_goes_to_stock_and_is_refused_by_triton() -> None:
     unet = build("sd", ("base",)).unet
     no_tokens = (torch.randn(1, 7, 64), [torch.randn(1, 1, 0, 64)])
-    hidden = torch.randn(1, 16, 64)
+    hidden = torch.randn(1, 16, 32)
     attention = unet.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn2")
     with torch.no_grad():
         expected = attention(hidden, encoder_hidden_states=no_tokens)

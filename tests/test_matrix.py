@@ -43,7 +43,6 @@ def test_enabled_is_stock(kind: str, names: tuple[str, ...], record_property: Ca
     `accelerated` leaves nothing behind.
     """
     pipe = build(kind, names)
-    before = classes(pipe.unet)
     wrong, cells = [], 0
     stock_of_first = None
     for name, control in CONTROLS.items():
@@ -51,6 +50,7 @@ def test_enabled_is_stock(kind: str, names: tuple[str, ...], record_property: Ca
             continue
         cells += 1
         stock = run(pipe, names, control)
+        before = classes(pipe.unet)
         with ipa_kernels.accelerated(target(pipe)) as report:
             enabled = run(pipe, names, control)
         if isinstance(stock, Tensor) == refuses(pipe, control, len(names)):

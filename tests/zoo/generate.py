@@ -88,9 +88,10 @@ def same(first: Outcome, second: Outcome) -> bool:
     return not isinstance(first, Tensor) and not isinstance(second, Tensor) and first == second
 
 
-def classes(unet: Any) -> dict[str, tuple[int, type]]:
-    """Which object of which class each attention processor is."""
-    return {name: (id(processor), type(processor)) for name, processor in unet.attn_processors.items()}
+def classes(unet: Any) -> dict[str, tuple[type, int]]:
+    """Which class each attention processor has, and which object it is, where it is an adapter's: PAG makes others anew."""
+    processors = unet.attn_processors.items()
+    return {name: (type(processor), id(processor) * hasattr(processor, "to_k_ip")) for name, processor in processors}
 
 
 def traces(unet: Any) -> list[object]:
