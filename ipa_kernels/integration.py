@@ -14,33 +14,68 @@ from typing import Any
 import torch
 from torch import nn
 
+from .conditioning import Memory
 from .ops.decoupled_attention import UnsupportedError, check_impl
-from .report import LayerReport, Report
+from .report import CacheReport, LayerReport, Report
 from .session import Session
 
 _STATE = "_ipa_kernels"
 _OFF = "IPA_KERNELS_DISABLE"
 
 
+# the first parameters of every UNet's forward
+_STEP = ("sample", "timestep", "encoder_hidden_states")
+
 # Steps of one UNet may run in several threads, and each may find a new adapter.
 _SWITCH = threading.RLock()
 
 
 class _Watch:
-    """The pre-hook of an enabled UNet: takes over, before a step, the processors that were loaded since the last one."""
+    """The hooks of an enabled UNet: before a step they take over what was loaded since the last one, and open the memory."""
 
     def __init__(self, unet: nn.Module, session: Session) -> None:
         self.session = session
         self.attentions = dict(_attentions(unet))
-        self.handle: Any = None
+        self.handles: list[Any] = []
 
-    def __call__(self, unet: nn.Module, arguments: Any) -> None:
+    def attach(self, unet: nn.Module) -> None:
+        """Watch the steps of a UNet."""
+        self.handles = [
+            unet.register_forward_pre_hook(self.before, with_kwargs=True),
+            unet.register_forward_hook(self.after, always_call=True),
+        ]
+        setattr(unet, _STATE, self)
+
+    def detach(self, unet: nn.Module) -> None:
+        """The inverse of `attach`; does nothing where that was not done."""
+        for handle in self.handles:
+            handle.remove()
+        vars(unet).pop(_STATE, None)
+
+    def before(self, unet: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """A step begins."""
+        if torch.compiler.is_compiling():
+            return
+        self.take_over_new(unet, [])
+        if self.session.cache:
+            named = dict(zip(_STEP, arguments, strict=False)) | options
+            images = (named.get("added_cond_kwargs") or {}).get("image_embeds")
+            tensors = [named.get("encoder_hidden_states"), *(images if isinstance(images, list) else [images])]
+            self.session.memory.enter(named.get("timestep"), tuple(map(id, tensors)))
+
+    def after(self, *arguments: Any) -> None:
+        """A step has ended, whether it returned or raised."""
         if not torch.compiler.is_compiling():
-            self.take_over_new([])
+            self.session.memory.leave()
 
-    def take_over_new(self, undo: list[Callable[[], None]]) -> None:
-        """Take over every stock IP-Adapter processor; `undo` collects, in the order of the changes, what reverts each."""
-        families = _families()
+    def take_over_new(self, unet: nn.Module, undo: list[Callable[[], None]]) -> None:
+        """Take over every stock module of an IP-Adapter; `undo` collects, in the order of the changes, what reverts each."""
+        families, projections = _families(), _projections()
+        for module in projections.of(unet):
+            if type(module) in projections.OURS:
+                with _SWITCH:
+                    if type(module) in projections.OURS:
+                        undo.append(projections.take_over(module, self.session))
         for name, attention in self.attentions.items():
             processor = attention.processor
             if families.is_new(processor, self.session):
@@ -94,17 +129,18 @@ def enable(target: Any, *, impl: str = "auto", cache: bool = True) -> Report:
     undo: list[Callable[[], None]] = []
     try:
         session.impl, session.cache = impl, cache
-        watch.take_over_new(undo)
+        watch.take_over_new(unet, undo)
         if found is None:
-            watch.handle = unet.register_forward_pre_hook(watch)
-            setattr(unet, _STATE, watch)
+            watch.attach(unet)
+        if not cache:
+            session.memory.forget()
         return _report(unet, type(target).__name__)
     except BaseException:
         session.impl, session.cache = before
         for revert in reversed(undo):
             revert()
         if found is None:
-            _detach(unet, watch)
+            watch.detach(unet)
         raise
 
 
@@ -117,14 +153,20 @@ def disable(target: Any) -> None:
     watch = _watch(unet)
     if watch is None:
         return
-    families = _families()
+    families, projections = _families(), _projections()
     installed = {attention.processor for attention in watch.attentions.values()}
-    for processor in installed | set(watch.session.processors):
-        ours = type(processor) in families.STOCK
-        # one that was put into another enabled UNet since belongs to that one
-        if ours and (processor in installed or processor._ipa_layer.session is watch.session):
-            families.give_back(processor)
-    _detach(unet, watch)
+    for module in installed | set(watch.session.taken):
+        ours = type(module) in families.STOCK
+        # a processor that was put into another enabled UNet since belongs to that one
+        if ours and (module in installed or module._ipa_layer.session is watch.session):
+            families.give_back(module)
+        elif type(module) in projections.STOCK:
+            projections.give_back(module)
+    for module in projections.of(unet):
+        if type(module) in projections.STOCK:
+            projections.give_back(module)
+    watch.detach(unet)
+    watch.session.memory.forget()
 
 
 @contextmanager
@@ -180,6 +222,7 @@ def _report(unet: Any, target: str) -> Report:
             layers.append(LayerReport(name, planned, None, "; ".join(reasons), 0))
         else:
             layers.append(LayerReport(name, planned, layer.impl, layer.reason, layer.calls))
+    memory = watch.session.memory if watch is not None else None
     note = "" if layers else _why_no_layers(unet)
     return Report(
         target=target,
@@ -187,6 +230,7 @@ def _report(unet: Any, target: str) -> Report:
         impl=None if watch is None else impl,
         note=note if watch is not None else "",
         layers=layers,
+        cache=CacheReport() if memory is None else CacheReport(memory.hits, memory.misses, memory.bytes),
     )
 
 
@@ -200,11 +244,13 @@ def _why_no_layers(unet: Any) -> str:
 
 
 def clear_cache(target: Any) -> None:
-    """Drop everything remembered from earlier generations. Nothing is remembered yet, so that there is nothing to drop.
+    """Drop everything remembered from earlier generations, and count from 0 again.
 
     Raises TypeError for a target of a kind that is not known, ImportError without diffusers.
     """
-    _unet(target)
+    watch = _watch(_unet(target))
+    if watch is not None:
+        watch.session.memory = Memory()
 
 
 def _families() -> ModuleType:
@@ -213,6 +259,12 @@ def _families() -> ModuleType:
     except ImportError as error:
         raise ImportError(f"ipa_kernels.enable needs diffusers: pip install 'ipa-kernels[diffusers]' ({error})") from error
     return unet
+
+
+def _projections() -> ModuleType:
+    from .processors import projections
+
+    return projections
 
 
 def _unet(target: Any) -> Any:
@@ -232,13 +284,6 @@ def _unet(target: Any) -> Any:
 
 def _watch(unet: nn.Module) -> Any:
     return vars(unet).get(_STATE)
-
-
-def _detach(unet: nn.Module, watch: _Watch) -> None:
-    if watch.handle is not None:
-        watch.handle.remove()
-    if _STATE in vars(unet):
-        delattr(unet, _STATE)
 
 
 def _attentions(unet: nn.Module) -> Iterator[tuple[str, Any]]:

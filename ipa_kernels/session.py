@@ -6,18 +6,20 @@ from typing import Any
 
 import torch
 
+from .conditioning import Memory
 from .report import FallbackWarning
 
 
 class Session:
-    """Shared by the processors of one UNet: the options, the reasons warned about, and which processors were taken over."""
+    """Shared by what was taken over in one UNet: the options, the reasons warned about, the memory, and the modules."""
 
     def __init__(self, impl: str, cache: bool) -> None:
         self.impl = impl
         self.cache = cache
         self.warned: set[str] = set()
+        self.memory = Memory()
         # weak: a processor that diffusers has dropped is gone, one that it has put aside is still found
-        self.processors: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self.taken: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     def warn_once(self, reason: str, instead: str) -> None:
         """Warn that `instead` runs, the first time for this reason; what differs behind its colon is the same reason."""

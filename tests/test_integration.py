@@ -305,11 +305,13 @@ def test_the_report_is_readable_and_ready_for_json() -> None:
     assert all(isinstance(pipe.unet.get_submodule(name), Attention) for name in names)
     text = str(report)
     assert f"{len(names)} IP-Adapter layers: 0 triton, {len(names)} eager, 0 stock" in text
-    assert text.count("\n") == 1, "layers with the same story share a line"
+    assert text.count("\n") == 2, "layers with the same story share a line, the cache has another"
     decoded = json.loads(json.dumps(report.to_dict()))
     assert decoded["eager"] == len(names)
     assert decoded["layers"][0] == {**vars(report.layers[0])}
-    assert decoded["cache"] == {"hits": 0, "misses": 0, "bytes": 0}
+    # the image tokens, and the text and the image in each layer: computed in the first step, found in the second
+    computed = 1 + 2 * len(names)
+    assert decoded["cache"] == {"hits": computed, "misses": computed, "bytes": 0}
     pipe.unet.to(torch.float64)
     assert report.eager == len(names), "a report is a snapshot"
 

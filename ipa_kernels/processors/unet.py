@@ -19,11 +19,13 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.unets import unet_2d_condition, unet_motion_model
 from torch import Tensor, nn
 
+from ..conditioning import State, remember
 from ..ops import UnsupportedError
 from ..ops.arguments import Problem, check_arguments
 from ..ops.decoupled_attention import choose, run
 from ..ops.support import automatic_reasons, layer_reasons
 from ..session import Layer, Session
+from .projections import pure_state
 
 _COMPILED = "torch.compile: diffusers' own code is traced"
 
@@ -149,38 +151,44 @@ class _Fused:
 
     def _problem(self, attn: Attention, hidden_states: Tensor, text: Tensor, images: list[Tensor], masks: Any) -> Problem:
         """Project, in stock's order and shapes; an adapter of scale 0 is left out, its projections are not run."""
-        heads = attn.heads
         query = attn.to_q(hidden_states)
-        key = attn.to_k(text)
-        value = attn.to_v(text)
-        head_dim = key.shape[-1] // heads
-
-        def split(states: Tensor) -> Tensor:
-            return states.view(states.shape[0], -1, heads, head_dim).transpose(1, 2)
-
+        key, value = self._keys_and_values(attn, text, "text", attn.to_k, attn.to_v)
         keys: list[Tensor] = []
         values: list[Tensor] = []
         scales: list[float] = []
         vectors: list[Tensor | None] = []
-        adapters = zip(images, self.scale, self.to_k_ip, self.to_v_ip, masks or [None] * len(images), strict=True)
-        for state, scale, to_k_ip, to_v_ip, mask in adapters:
+        adapters = zip(images, self.scale, masks or [None] * len(images), strict=True)
+        for adapter, (state, scale, mask) in enumerate(adapters):
             if all(s == 0 for s in scale) if isinstance(scale, list) else scale == 0:
                 continue
-            if mask is None:
-                # all images of an unmasked adapter share one softmax
-                keys.append(split(to_k_ip(state)))
-                values.append(split(to_v_ip(state)))
-                scales.append(scale)
-                vectors.append(None)
-                continue
-            for i in range(mask.shape[1]):
-                keys.append(split(to_k_ip(state[:, i])))
-                values.append(split(to_v_ip(state[:, i])))
+            projections = self.to_k_ip[adapter], self.to_v_ip[adapter]
+            # all images of an unmasked adapter share one softmax
+            for i in range(1 if mask is None else mask.shape[1]):
+                use = (adapter, None if mask is None else i)
+                image_key, image_value = self._keys_and_values(attn, state, use, *projections)
+                keys.append(image_key)
+                values.append(image_value)
                 scales.append(scale[i] if isinstance(scale, list) else scale)
-                vectors.append(_mask_vector(mask[:, i], query))
-        return check_arguments(
-            split(query), split(key), split(value), keys, values, scales, vectors, None, self._softmax_scale(attn)
-        )
+                vectors.append(None if mask is None else _mask_vector(mask, i, query))
+        head_dim = key.shape[-1]
+        query = query.view(query.shape[0], -1, attn.heads, head_dim).transpose(1, 2)
+        return check_arguments(query, key, value, keys, values, scales, vectors, None, self._softmax_scale(attn))
+
+    def _keys_and_values(
+        self, attn: Attention, states: Tensor, use: Any, to_k: nn.Module, to_v: nn.Module
+    ) -> tuple[Tensor, Tensor]:
+        """[B, H, N, D] each, of the text (`use` "text") or of an adapter's images, one or all: (adapter, image or None)."""
+        heads = attn.heads
+
+        def project() -> tuple[Tensor, Tensor]:
+            tokens = states if use == "text" or use[1] is None else states[:, use[1]]
+
+            def split(projected: Tensor) -> Tensor:
+                return projected.view(states.shape[0], -1, heads, projected.shape[-1] // heads).transpose(1, 2)
+
+            return split(to_k(tokens)), split(to_v(tokens))
+
+        return remember(states, (self._ipa_layer, use, heads), lambda: pure_state(to_k, to_v), project)
 
     def _softmax_scale(self, attn: Attention) -> float | None:
         return float(attn.scale)
@@ -210,10 +218,15 @@ def _is_pair(states: Any) -> bool:
     )
 
 
-def _mask_vector(mask: Tensor, query: Tensor) -> Tensor:
-    """[B or 1, M]: one channel of the mask that stock multiplies with, in the dtype that it rounds to."""
-    vector: Tensor = IPAdapterMaskProcessor.downsample(mask, mask.shape[0], query.shape[1], 1)[..., 0]
-    return vector.to(dtype=query.dtype, device=query.device)
+def _mask_vector(mask: Tensor, i: int, query: Tensor) -> Tensor:
+    """[B or 1, M] for image i: one channel of the mask that stock multiplies with, in the dtype that it rounds to."""
+    queries, dtype, device = query.shape[1], query.dtype, query.device
+
+    def resize() -> Tensor:
+        vector: Tensor = IPAdapterMaskProcessor.downsample(mask[:, i], mask.shape[0], queries, 1)[..., 0]
+        return vector.to(dtype=dtype, device=device)
+
+    return remember(mask, ("mask", i, queries, dtype, device), State, resize)
 
 
 class IPAdapterAttnProcessor(_Fused, stock.IPAdapterAttnProcessor):  # type: ignore[misc]
@@ -266,10 +279,10 @@ def take_over(processor: nn.Module, name: str, session: Session) -> Callable[[],
     kind, layer = type(processor), vars(processor).get("_ipa_layer")
     processor._ipa_layer = Layer(name, session)  # type: ignore[assignment]
     processor.__class__ = FUSED.get(kind, kind)
-    session.processors.add(processor)
+    session.taken.add(processor)
 
     def revert() -> None:
-        session.processors.discard(processor)
+        session.taken.discard(processor)
         if layer is None:
             give_back(processor)
         else:

@@ -1,0 +1,217 @@
+"""What is constant during a generation: values remembered by the tensor that they were computed from, while a UNet runs.
+
+A `Memory` finds a value again by the identity, the version and the address of its source tensor, and by the state of the
+modules that computed it. It keeps no source alive: when a pipeline drops its prompt, what was computed from that goes too.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+SOURCES = 64
+"""The most tensors of which something is remembered: prompts, image embeddings, image tokens and masks of a few conditions."""
+
+
+class State(NamedTuple):
+    """What a result depends on besides its source: comparable marks, and the objects whose identities are among them."""
+
+    marks: tuple[Hashable, ...] = ()
+    held: tuple[object, ...] = ()
+
+
+class _Source:
+    """A tensor as it was, and what was computed from it."""
+
+    def __init__(self, tensor: Tensor, forget: Callable[[Any], None]) -> None:
+        self.tensor = weakref.ref(tensor, forget)
+        self.version = tensor._version
+        self.address = tensor.data_ptr()
+        self.values: dict[Hashable, tuple[State, Any]] = {}
+
+    def is_still(self, tensor: Tensor) -> bool:
+        return self.tensor() is tensor and self.version == tensor._version and self.address == tensor.data_ptr()
+
+
+class _Active(threading.local):
+    """The memory of the UNet that runs in this thread: direct calls of its layers remember nothing."""
+
+    memory: "Memory | None" = None
+
+
+_ACTIVE = _Active()
+
+
+class Memory:
+    """Everything that is remembered for one UNet.
+
+    hits: values that were found; misses: values that had to be computed while the UNet ran.
+    """
+
+    def __init__(self) -> None:
+        self.hits = 0
+        self.misses = 0
+        self._sources: dict[int, _Source] = {}
+        self._schedule = _Schedule()
+
+    def enter(self, timestep: Any, condition: tuple[int, ...]) -> None:
+        """A step of the UNet begins, for the tensors with the ids of `condition`; `leave` ends it.
+
+        A timestep that does not follow the one before begins a new generation, and everything is forgotten: a weight may have
+        been edited in a way that no version shows (`weight.data`).
+        """
+        if not self._schedule.follows(timestep, condition):
+            self.forget()
+        hooked = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        usable = not torch.is_grad_enabled() and not hooked and not _is_capturing()
+        _ACTIVE.memory = self if usable else None
+
+    @staticmethod
+    def leave() -> None:
+        """The step has ended, whether it returned or raised."""
+        _ACTIVE.memory = None
+
+    def forget(self) -> None:
+        """Drop every value."""
+        self._sources = {}
+
+    def recall(self, source: Tensor, key: Hashable, state: State | None, compute: Callable[[], T]) -> T:
+        """`compute()`, or what it returned for the same source, key and state. Nothing is kept where state is None."""
+        if state is None or type(source) is not Tensor or source.is_inference() or source.requires_grad:
+            self.misses += 1
+            return compute()
+        sources = self._sources
+        found = sources.get(id(source))
+        if found is None or not found.is_still(source):
+            found = self._source(sources, source)
+        device = source.device.type
+        key = key, torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        remembered = found.values.get(key)
+        if remembered is not None and remembered[0].marks == state.marks:
+            self.hits += 1
+            return remembered[1]  # type: ignore[no-any-return]
+        self.misses += 1
+        value = compute()
+        found.values[key] = state, value
+        return value
+
+    @property
+    def bytes(self) -> int:
+        """The size of the values; views of one buffer count once."""
+        storages = {}
+        for source in list(self._sources.values()):
+            for _, value in list(source.values.values()):
+                for tensor in value if isinstance(value, tuple) else (value,):
+                    storage = tensor.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
+
+    @staticmethod
+    def _source(sources: dict[int, _Source], tensor: Tensor) -> _Source:
+        key = id(tensor)
+
+        def forget(reference: Any) -> None:
+            # the id may belong to another tensor by now
+            if key in sources and sources[key].tensor is reference:
+                del sources[key]
+
+        while len(sources) >= SOURCES:
+            del sources[next(iter(sources))]
+        sources[key] = source = _Source(tensor, forget)
+        return source
+
+
+def active() -> Memory | None:
+    """The memory of the UNet that runs in this thread, if it may be used."""
+    return _ACTIVE.memory
+
+
+def remember(source: Tensor, key: Hashable, state: Callable[[], State | None], compute: Callable[[], T]) -> T:
+    """`Memory.recall` with the memory of the UNet that runs, or `compute()` where none does."""
+    memory = active()
+    return compute() if memory is None else memory.recall(source, key, state(), compute)
+
+
+class _Schedule:
+    """Tells the next step of a generation from the first step of another, without reading a timestep from a GPU."""
+
+    def __init__(self) -> None:
+        self.timesteps: object = None
+        self.position = float("-inf")
+        self.conditions: set[tuple[int, ...]] = set()
+
+    def follows(self, timestep: Any, condition: tuple[int, ...]) -> bool:
+        """Whether this step is later than all before, or as late and for another condition."""
+        timesteps, position = _position(timestep)
+        same = timesteps is not None and _is_same(timesteps, self.timesteps)
+        if same and position == self.position and condition not in self.conditions:
+            self.conditions.add(condition)
+            return True
+        later = same and position > self.position
+        self.timesteps, self.position, self.conditions = timesteps, position, {condition}
+        return later
+
+
+def _position(timestep: Any) -> tuple[object, float]:
+    """What a timestep is an element of, and how late it is there; (None, 0) where that cannot be told.
+
+    Pipelines iterate over one tensor of timesteps, so that its elements are views: their offsets tell their order.
+    """
+    if isinstance(timestep, int | float):
+        return "numbers", -float(timestep)
+    if not isinstance(timestep, Tensor) or timestep.numel() == 0:
+        return None, 0.0
+    is_one = timestep.numel() == 1 or timestep.stride(0) == 0
+    if is_one and timestep.untyped_storage().nbytes() > timestep.element_size():
+        return timestep, float(timestep.storage_offset())
+    if timestep.device.type == "cpu" and timestep.numel() == 1:
+        return "numbers", -float(timestep)
+    return None, 0.0
+
+
+def _is_same(timesteps: object, others: object) -> bool:
+    if isinstance(timesteps, Tensor) and isinstance(others, Tensor):
+        # both are alive, so that equal addresses are one storage
+        return timesteps.untyped_storage().data_ptr() == others.untyped_storage().data_ptr()
+    return timesteps == others if isinstance(timesteps, str) and isinstance(others, str) else False
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def state_of(modules: Iterable[nn.Module], known: Callable[[nn.Module], State | None]) -> State | None:
+    """The state of modules whose output depends on nothing but their input, parameters and buffers; None where in doubt.
+
+    known: from a module to the state of its own attributes, or None for a kind of module that is not known.
+    """
+    marks: list[Hashable] = []
+    held: list[object] = []
+    for root in modules:
+        for module in (root,) if type(root) is nn.Linear else root.modules():
+            own = known(module)
+            if own is None or _is_hooked(module):
+                return None
+            marks += (id(module), *own.marks)
+            held += (module, *own.held)
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is None:
+                    continue
+                if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference() or tensor.is_meta:
+                    return None
+                marks += (id(tensor), tensor._version, tensor.data_ptr())
+                held.append(tensor)
+    return State(tuple(marks), tuple(held))
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether something else takes part in a call of a module: hooks of torch, accelerate or diffusers."""
+    own = vars(module)
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in own or "_hf_hook" in own or "_diffusers_hook" in own
+    )

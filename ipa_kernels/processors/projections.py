@@ -1,0 +1,154 @@
+"""What a UNet projects before its layers: image tokens (`MultiIPAdapterImageProjection`), and the text of Kolors.
+
+Both are taken over like the processors, by class, and remember their output for as long as their input lives. The subclasses
+have the names of what they replace; a copy or a pickle is diffusers' or torch's own.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.models import activations, attention, attention_processor, embeddings
+from torch import Tensor, nn
+
+from ..conditioning import State, active, remember, state_of
+from ..session import Session
+
+# without state of their own that a call reads
+_STATELESS = {
+    nn.Linear, nn.LayerNorm, nn.GELU, nn.ModuleList, nn.Sequential, nn.Identity, nn.ModuleDict, nn.ParameterDict,
+    activations.GELU, attention.FeedForward, attention_processor.Attention,
+    embeddings.ImageProjection, embeddings.IPAdapterFullImageProjection, embeddings.IPAdapterFaceIDImageProjection,
+    embeddings.IPAdapterPlusImageProjection, embeddings.IPAdapterPlusImageProjectionBlock,
+}  # fmt: skip
+
+
+def known(module: nn.Module) -> State | None:
+    """What a module's call reads besides its parameters; None for a kind that is not known."""
+    kind = type(module)
+    if kind is attention_processor.Attention:
+        processor = type(module.processor)
+        plain = (attention_processor.AttnProcessor, attention_processor.AttnProcessor2_0)
+        return State((processor.__name__,)) if processor in plain else None
+    if kind in _STATELESS:
+        return State()
+    if kind is nn.Dropout:
+        return State() if module.p == 0 or not module.training else None
+    if kind is embeddings.IPAdapterFaceIDPlusImageProjection:
+        return _face_state(module)
+    if kind.__module__ == "peft.tuners.lora.layer" and kind.__name__ == "Linear":
+        return _lora_state(module)
+    return None
+
+
+def _face_state(module: Any) -> State | None:
+    """FaceID Plus reads attributes that its user sets."""
+    embeds = module.clip_embeds
+    if type(embeds) is not Tensor or embeds.is_inference():
+        return None
+    marks = (id(embeds), embeds._version, embeds.data_ptr(), module.shortcut, module.shortcut_scale)
+    return State(marks, (embeds,))
+
+
+def _lora_state(module: Any) -> State | None:
+    """Which LoRAs are merged, active and on, and how strongly. Merging edits a weight without a trace on it."""
+    if module.lora_variant or any(module.use_dora.values()):
+        return None
+    on = (tuple(module.merged_adapters), tuple(module.active_adapters), module.disable_adapters)
+    return State((*on, *module.scaling.items()))
+
+
+def pure_state(*modules: nn.Module) -> State | None:
+    """The state of projections; None where their output may depend on more than is known."""
+    return state_of(modules, known)
+
+
+class _Remembering(nn.Module):
+    """What both subclasses share."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return object.__new__, (STOCK[type(self)],), vars(self)
+
+
+class MultiIPAdapterImageProjection(_Remembering, embeddings.MultiIPAdapterImageProjection):  # type: ignore[misc]
+    """In the place of the class that projects the image embeddings of every adapter, in every step."""
+
+    def forward(self, image_embeds: Any) -> list[Tensor]:
+        """[batch, images, ...] per adapter to image tokens [batch, images, tokens, channels] per adapter."""
+        layers: Any = self.image_projection_layers
+        if active() is None or not isinstance(image_embeds, list) or len(image_embeds) != len(layers):
+            return super().forward(image_embeds)  # type: ignore[no-any-return]
+        return [_tokens(embeds, layer) for embeds, layer in zip(image_embeds, layers, strict=True)]
+
+
+def _tokens(embeds: Tensor, layer: nn.Module) -> Tensor:
+    """One adapter's share of what the replaced class does: [batch, images, ...] to [batch, images, tokens, channels]."""
+
+    def project() -> Tensor:
+        batch, images = embeds.shape[0], embeds.shape[1]
+        tokens: Tensor = layer(embeds.reshape((batch * images,) + embeds.shape[2:]))
+        tokens = tokens.reshape((batch, images) + tokens.shape[1:])
+        tokens.repeat_interleave = _Repeated(tokens)  # type: ignore[method-assign, assignment]
+        return tokens
+
+    return remember(embeds, (id(layer), "tokens"), lambda: pure_state(layer), project)
+
+
+class _Repeated:
+    """The method `repeat_interleave` of image tokens: UNetMotionModel repeats them for its frames, in every step."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = weakref.ref(tokens)
+
+    def __call__(self, repeats: Any, dim: int | None = None, *, output_size: int | None = None) -> Tensor:
+        tokens = self.tokens()
+        assert tokens is not None  # it is what this was called on
+
+        def repeat() -> Tensor:
+            return torch.repeat_interleave(tokens, repeats, dim=dim, output_size=output_size)
+
+        if not isinstance(repeats, int):
+            return repeat()
+        return remember(tokens, ("repeat", repeats, dim, output_size), State, repeat)
+
+
+class Linear(_Remembering, nn.Linear):
+    """In the place of Kolors' projection of the text."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As `torch.nn.Linear`."""
+        forward = super().forward
+        return remember(input, (id(self), "text"), lambda: _own_state(self), lambda: forward(input))
+
+
+def _own_state(module: Linear) -> State | None:
+    return state_of((module,), lambda module: State())
+
+
+OURS: dict[type, Any] = {
+    embeddings.MultiIPAdapterImageProjection: MultiIPAdapterImageProjection,
+    nn.Linear: Linear,
+}
+STOCK: dict[type, Any] = {ours: theirs for theirs, ours in OURS.items()}
+
+
+def of(unet: nn.Module) -> list[nn.Module]:
+    """The projections of a UNet that work for an IP-Adapter."""
+    modules = unet._modules
+    if not isinstance(modules.get("encoder_hid_proj"), embeddings.MultiIPAdapterImageProjection):
+        return []
+    found = (modules.get(place) for place in ("encoder_hid_proj", "text_encoder_hid_proj"))
+    return [module for module in found if type(module) in OURS or type(module) in STOCK]  # type: ignore[misc]
+
+
+def take_over(module: nn.Module, session: Session) -> Callable[[], None]:
+    """Make a projection one of ours; what is returned reverts that."""
+    module.__class__ = OURS[type(module)]
+    session.taken.add(module)
+    return lambda: give_back(module)
+
+
+def give_back(module: nn.Module) -> None:
+    """Make a projection of ours the one that it was."""
+    module.__class__ = STOCK[type(module)]

@@ -1,0 +1,570 @@
+"""What is remembered during a generation is never stale: scenes of two steps and more, stock against enabled, bit for bit."""
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline
+from torch import Tensor, nn
+
+import ipa_kernels
+from ipa_kernels import conditioning, tiny
+
+from .zoo.adapters import FACE_DIM, HIDDEN_TOKENS, seeded, set_face_embeddings
+from .zoo.controls import CONTROLS, Control, binary
+from .zoo.generate import generate, target
+from .zoo.life import OPERATIONS, Life
+from .zoo.pipelines import BUILDERS, build
+
+LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2"
+
+
+class Scene:
+    """A bare UNet with an adapter and its inputs, which a scene changes between steps."""
+
+    def __init__(self, name: str = "base") -> None:
+        self.pipe = build("bare-unet", (name,))
+        self.unet = self.pipe.unet
+        self.names = (name,)
+        self.draw = seeded(2)
+        shape = {"base": (tiny.IMAGE_EMBED_DIM,), "faceid": (FACE_DIM,), "faceid-plus": (FACE_DIM,)}.get(
+            name, (HIDDEN_TOKENS, tiny.IMAGE_EMBED_DIM)
+        )
+        self.sample = self.draw(2, 4, 8, 8)
+        self.text = self.draw(2, 77, tiny.CROSS_ATTENTION_DIM)
+        self.embeds = [self.draw(2, 1, *shape)]
+        self.masks: list[Tensor] | None = None
+        self.options: dict[str, Any] = {}
+        self.times: Iterator[int] = iter(range(900, 0, -10))
+        self.pictures: list[Tensor] = []
+
+    def step(self, **options: Any) -> None:
+        """The next step of a generation."""
+        attention = {} if self.masks is None else {"ip_adapter_masks": self.masks}
+        attention |= self.options
+        with torch.no_grad():
+            picture = self.unet(
+                self.sample, next(self.times), self.text, added_cond_kwargs={"image_embeds": self.embeds},
+                cross_attention_kwargs=attention or None, **options,
+            ).sample  # fmt: skip
+        self.pictures.append(picture)
+
+    def attention(self) -> Any:
+        return self.unet.get_submodule(LAYER)
+
+    def image_keys(self) -> nn.Linear:
+        return self.attention().processor.to_k_ip[0]
+
+
+def replace_text(scene: Scene) -> None:
+    scene.text = scene.draw(2, 77, tiny.CROSS_ATTENTION_DIM)
+
+
+def refill_text(scene: Scene) -> None:
+    scene.text.copy_(scene.draw(2, 77, tiny.CROSS_ATTENTION_DIM))
+
+
+def refill_text_through_a_view(scene: Scene) -> None:
+    scene.text[1, 5:].mul_(2)
+
+
+def text_data(scene: Scene) -> None:
+    scene.text.data = scene.draw(2, 77, tiny.CROSS_ATTENTION_DIM)
+
+
+def replace_images(scene: Scene) -> None:
+    scene.embeds = [scene.draw(2, 1, tiny.IMAGE_EMBED_DIM)]
+
+
+def replace_images_in_the_list(scene: Scene) -> None:
+    scene.embeds[0] = scene.draw(2, 1, tiny.IMAGE_EMBED_DIM)
+
+
+def refill_images(scene: Scene) -> None:
+    scene.embeds[0].mul_(-1)
+
+
+def more_images(scene: Scene) -> None:
+    scene.embeds = [scene.draw(2, 3, tiny.IMAGE_EMBED_DIM)]
+
+
+def edit_text_weight(scene: Scene) -> None:
+    with torch.no_grad():
+        scene.attention().to_k.weight.mul_(1.5)
+
+
+def edit_image_weight(scene: Scene) -> None:
+    with torch.no_grad():
+        scene.image_keys().weight[3].add_(0.5)
+
+
+def replace_image_weight(scene: Scene) -> None:
+    scene.image_keys().weight = nn.Parameter(scene.image_keys().weight.detach() * 2)
+
+
+def replace_weight_data(scene: Scene) -> None:
+    weight = scene.attention().to_v.weight
+    weight.data = weight.data * 2
+
+
+def replace_projection(scene: Scene) -> None:
+    torch.manual_seed(0)
+    scene.attention().to_v = nn.Linear(tiny.CROSS_ATTENTION_DIM, scene.attention().inner_dim, bias=True)
+
+
+def optimizer_step(scene: Scene) -> None:
+    parameters = [scene.image_keys().weight, *scene.unet.encoder_hid_proj.parameters()]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(parameters, lr=0.1).step()
+
+
+def load_weights(scene: Scene) -> None:
+    state = {name: tensor * 1.25 for name, tensor in scene.unet.state_dict().items() if "_ip." in name}
+    scene.unet.load_state_dict(state, strict=False)
+
+
+def hook_on_a_projection(scene: Scene) -> None:
+    scene.attention().to_k.register_forward_hook(lambda module, arguments, result: result + 1)
+
+
+def hook_on_the_image_projection(scene: Scene) -> None:
+    layer = scene.unet.encoder_hid_proj.image_projection_layers[0]
+    layer.norm.register_forward_pre_hook(lambda module, arguments: (arguments[0] + 1,))
+
+
+def forward_of_ones_own(scene: Scene) -> None:
+    linear = scene.image_keys()
+    linear.forward = lambda states: 2 * nn.functional.linear(states, linear.weight)
+
+
+def edit_image_projection(scene: Scene) -> None:
+    with torch.no_grad():
+        scene.unet.encoder_hid_proj.image_projection_layers[0].norm.bias.add_(0.3)
+
+
+def to_float64_and_back(scene: Scene) -> None:
+    scene.unet.to(torch.bfloat16)
+    scene.unet.to(torch.float32)
+
+
+def scales(scene: Scene) -> None:
+    scene.attention().processor.scale[0] = -0.4
+
+
+def add_masks(scene: Scene) -> None:
+    scene.masks = [binary()]
+
+
+def other_heads(scene: Scene) -> None:
+    scene.attention().heads = 2
+
+
+CHANGES = [
+    replace_text, refill_text, refill_text_through_a_view, text_data, replace_images, replace_images_in_the_list, refill_images,
+    more_images, edit_text_weight, edit_image_weight, replace_image_weight, replace_weight_data, replace_projection,
+    optimizer_step, load_weights, hook_on_a_projection, hook_on_the_image_projection, forward_of_ones_own,
+    edit_image_projection, to_float64_and_back, scales, add_masks, other_heads,
+]  # fmt: skip
+
+
+def play(scene: Scene, play: Callable[[Scene], None], *, enabled: bool) -> Scene:
+    if enabled:
+        ipa_kernels.enable(scene.unet)
+    play(scene)
+    return scene
+
+
+def as_with_stock(story: Callable[[Scene], None], name: str = "base") -> Any:
+    """Play a scene twice; the report of the enabled one, in which something was remembered."""
+    stock, ours = play(Scene(name), story, enabled=False), play(Scene(name), story, enabled=True)
+    for step, (actual, expected) in enumerate(zip(ours.pictures, stock.pictures, strict=True)):
+        assert torch.equal(actual, expected), f"step {step} differs"
+    report = ipa_kernels.explain(ours.unet)
+    assert report.cache.hits > 0, "nothing was remembered, so that this proves nothing"
+    return report
+
+
+def nothing(scene: Scene) -> None:
+    pass
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_in_the_middle_of_a_generation(change: Callable[[Scene], None]) -> None:
+    def story(scene: Scene, change: Callable[[Scene], None] = change) -> None:
+        scene.step()
+        scene.step()
+        change(scene)
+        scene.step()
+        scene.step()
+
+    unchanged, changed = Scene(), Scene()
+    story(unchanged, nothing)
+    story(changed)
+    assert torch.equal(unchanged.pictures[1], changed.pictures[1])
+    assert not torch.equal(unchanged.pictures[2], changed.pictures[2]), "the change makes no difference"
+    as_with_stock(story)
+
+
+MASK_CHANGES = {
+    "in place": lambda scene: scene.masks[0].copy_(1 - scene.masks[0]),
+    "replaced in the list": lambda scene: scene.masks.__setitem__(0, binary(seed=9)),
+    "another list": lambda scene: setattr(scene, "masks", [binary(seed=9)]),
+    "none": lambda scene: setattr(scene, "masks", None),
+    "a list of None": lambda scene: setattr(scene, "masks", [None]),
+    "another dtype": lambda scene: setattr(scene, "masks", [binary(seed=9).double()]),
+}
+
+
+@pytest.mark.parametrize("name", MASK_CHANGES)
+def test_masks_that_change(name: str) -> None:
+    def story(scene: Scene) -> None:
+        scene.masks = [binary()]
+        scene.step()
+        scene.step()
+        MASK_CHANGES[name](scene)
+        scene.step()
+        scene.step()
+        assert not torch.equal(scene.pictures[1], scene.pictures[2])
+
+    as_with_stock(story)
+
+
+FACES = {
+    "clip_embeds replaced": lambda layer, draw: setattr(layer, "clip_embeds", draw(*layer.clip_embeds.shape)),
+    "clip_embeds in place": lambda layer, draw: layer.clip_embeds.neg_(),
+    "shortcut": lambda layer, draw: setattr(layer, "shortcut", not layer.shortcut),
+    "shortcut_scale": lambda layer, draw: setattr(layer, "shortcut_scale", 0.1),
+}
+
+
+@pytest.mark.parametrize("name", FACES)
+def test_the_attributes_of_faceid_plus(name: str) -> None:
+    def story(scene: Scene) -> None:
+        layer = scene.unet.encoder_hid_proj.image_projection_layers[0]
+        set_face_embeddings(scene, scene.draw, 2, 1)
+        scene.step()
+        scene.step()
+        FACES[name](layer, scene.draw)
+        scene.step()
+        scene.step()
+        assert not torch.equal(scene.pictures[1], scene.pictures[2])
+
+    as_with_stock(story, "faceid-plus")
+
+
+def test_autocast_on_and_off() -> None:
+    def story(scene: Scene) -> None:
+        for dtype in (None, torch.bfloat16, None, torch.float16, torch.bfloat16):
+            for _ in range(2):
+                with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+                    scene.step()
+
+    as_with_stock(story)
+
+
+def test_weight_data_edited_between_two_generations() -> None:
+    """No version shows it, and the tensors of the second generation are those of the first."""
+
+    def story(scene: Scene) -> None:
+        for _ in range(2):
+            scene.times = iter((900, 500, 100))
+            for _ in range(3):
+                scene.step()
+            scene.attention().to_k.weight.data.mul_(2)
+            scene.image_keys().weight.data.neg_()
+            scene.unet.encoder_hid_proj.image_projection_layers[0].norm.bias.data.add_(1)
+        assert not torch.equal(scene.pictures[0], scene.pictures[3])
+
+    as_with_stock(story)
+
+
+def test_the_same_schedule_again() -> None:
+    def story(scene: Scene) -> None:
+        timesteps = torch.tensor([900, 500, 100])
+        for _ in range(2):
+            for scene.times in (iter([timestep]) for timestep in timesteps):
+                scene.step()
+            scene.attention().to_v.weight.data.mul_(2)
+
+    as_with_stock(story)
+
+
+def test_the_same_step_again() -> None:
+    def story(scene: Scene) -> None:
+        timesteps = torch.tensor([900, 500])
+        scene.times = iter([timesteps[0], timesteps[1], timesteps[1], 7, 7])
+        scene.step()
+        for _ in range(4):
+            scene.step()
+            scene.attention().to_v.weight.data.mul_(2)
+
+    as_with_stock(story)
+
+
+def test_recycled_memory() -> None:
+    def story(scene: Scene) -> None:
+        shapes = scene.text.shape, scene.embeds[0].shape
+        scene.step()
+        addresses = set()
+        for _ in range(20):
+            del scene.text, scene.embeds[0]
+            scene.text = scene.draw(*shapes[0])
+            scene.embeds.append(scene.draw(*shapes[1]))
+            addresses.add((scene.text.data_ptr(), id(scene.text)))
+            scene.step()
+            scene.step()
+        assert len(addresses) < 20, "no memory was recycled, so that this proves nothing"
+
+    as_with_stock(story)
+
+
+def test_alternating_conditions_are_all_remembered() -> None:
+    def story(scene: Scene) -> None:
+        texts = [scene.draw(2, 77, tiny.CROSS_ATTENTION_DIM) for _ in range(4)]
+        times = list(range(900, 500, -100))
+        for time in times:
+            for scene.text in texts:
+                scene.times = iter([time])
+                scene.step()
+
+    report = as_with_stock(story)
+    layers = len(report.layers)
+    # a prompt and layer once, the images once
+    assert report.cache.misses == 4 * layers + layers + 1
+    assert report.cache.bytes > 0
+
+
+LORAS = {
+    "base": ["load LoRA", "scale LoRA", "fuse LoRA", "unfuse LoRA", "disable LoRA", "enable LoRA", "unload LoRA"],
+    "faceid": ["scale the LoRA of FaceID", "fuse LoRA", "unfuse LoRA", "disable LoRA", "enable LoRA", "unload LoRA"],
+}
+
+
+@pytest.mark.parametrize("adapter", LORAS)
+def test_loras(adapter: str) -> None:
+    """Loaded, scaled, fused, unfused, switched off and on and unloaded in the middle of a generation, and scaled per call."""
+
+    def story(scene: Scene) -> None:
+        for operation in LORAS[adapter]:
+            for scene.options in ({}, {"scale": 0.25}, {}):
+                scene.step()
+                scene.step()
+            if operation == "scale the LoRA of FaceID":
+                scene.pipe.set_adapters(["faceid_0"], [0.4])
+            else:
+                OPERATIONS[operation](scene)
+        scene.step()
+
+    report = as_with_stock(story, adapter)
+    # LoRA layers are remembered too: every other step changes nothing
+    assert report.cache.hits >= report.cache.misses / 2
+
+
+def test_a_lora_fused_and_unloaded_between_generations_leaves_other_weights() -> None:
+    def pictures(enabled: bool) -> list[Tensor]:
+        life = Life()
+        life.load("base")
+        if enabled:
+            ipa_kernels.enable(life.pipe)
+        results = [life.picture()]
+        for operation in ("load LoRA", "fuse LoRA", "unload LoRA"):
+            life.do(operation)
+            results.append(life.picture())
+        return results
+
+    expected = pictures(False)
+    assert all(map(torch.equal, pictures(True), expected))
+    assert not torch.equal(expected[0], expected[-1])
+
+
+@pytest.mark.parametrize("what", ["prompt", "prompt in place"])
+def test_a_prompt_changed_by_a_callback(what: str) -> None:
+    def change(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if step == 1:
+            embeds = tensors["prompt_embeds"]
+            tensors["prompt_embeds"] = embeds.mul_(-1) if "place" in what else embeds.roll(1, dims=1)
+        return tensors
+
+    options = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"], "steps": 4}
+    pipe = build("sd", ("plus",))
+    expected = generate(pipe, ("plus",), **options)
+    ipa_kernels.enable(pipe)
+    assert torch.equal(generate(pipe, ("plus",), **options), expected)
+    assert not torch.equal(generate(pipe, ("plus",), steps=4), expected)
+    assert ipa_kernels.explain(pipe).cache.hits > 0
+
+
+def count(pipe: Any, kinds: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Counts the calls of linear layers by a part of their name; not by hooks, which would stop the memory."""
+    calls = dict.fromkeys(kinds, 0)
+    forward = nn.Linear.forward
+    names = {module: kind for name, module in pipe.unet.named_modules() for kind in kinds if kind in f".{name}."}
+
+    def counting(module: nn.Linear, input: Tensor) -> Tensor:
+        if module in names:
+            calls[names[module]] += 1
+        return forward(module, input)
+
+    monkeypatch.setattr(nn.Linear, "forward", counting)
+    return calls
+
+
+# the guider of modular-pag repeats each step with the same inputs, which is taken for a new generation
+@pytest.mark.parametrize("kind", [kind for kind in BUILDERS if kind != "modular-pag"])
+def test_everything_is_computed_once_per_generation(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many steps: the keys and values of each layer, and the image tokens."""
+    steps, conditions = 5, 2 if kind == "modular" else 1
+    pipe = build(kind, ("base", "plus"))
+    ipa_kernels.enable(target(pipe))
+    calls = count(pipe, (".attn2.to_k.", ".attn2.to_v.", ".to_k_ip.", ".to_v_ip.", ".image_projection_layers.0."), monkeypatch)
+    generate(pipe, ("base", "plus"), Control(masks=CONTROLS["mask for the last alone"].masks), steps=steps)
+    layers = len(ipa_kernels.explain(target(pipe)).layers)
+    motion = sum("motion_modules" in name and name.endswith("attn2.processor") for name in pipe.unet.attn_processors)
+    text = layers * conditions + motion * steps
+    images = 2 * layers * conditions
+    assert list(calls.values()) == [text, text, images, images, conditions]
+
+
+def test_masks_are_resized_once_per_resolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.image_processor import IPAdapterMaskProcessor
+
+    sizes = []
+    downsample = IPAdapterMaskProcessor.downsample
+
+    def counting(mask: Tensor, batch: int, queries: int, channels: int) -> Tensor:
+        sizes.append(queries)
+        return downsample(mask, batch, queries, channels)
+
+    monkeypatch.setattr(IPAdapterMaskProcessor, "downsample", staticmethod(counting))
+    pipe = build("sd", ("base",))
+    generate(pipe, ("base",), CONTROLS["masks for two images"], steps=5)
+    assert len(sizes) == 2 * 4 * 5
+    sizes.clear()
+    ipa_kernels.enable(pipe)
+    generate(pipe, ("base",), CONTROLS["masks for two images"], steps=5)
+    assert sorted(sizes) == [16, 16, 64, 64]
+
+
+def test_nothing_is_left_of_a_hundred_generations() -> None:
+    pipe = build("sd", ("base", "plus"))
+    ipa_kernels.enable(pipe)
+    left = []
+    for i in range(100):
+        control = CONTROLS[("one scale", "masks for two images", "three images in one softmax", "two prompts")[i % 4]]
+        generate(pipe, ("base", "plus"), control, size=(8, 12)[i % 2], seed=i)
+        # the pipeline itself keeps the masks of its last call
+        assert (ipa_kernels.explain(pipe).cache.bytes > 0) == (control.masks is not None)
+        assert len(pipe.unet._ipa_kernels.session.memory._sources) <= 2
+        if i % 20 == 19:
+            gc.collect()
+            left.append(sum(type(thing) is Tensor for thing in gc.get_objects()))
+    assert left[0] == left[-1]
+    assert ipa_kernels.explain(pipe).cache.hits > 1000
+
+
+def test_clear_cache_and_disable_drop_what_a_loop_keeps_alive() -> None:
+    scene = Scene()
+    ipa_kernels.enable(scene.unet)
+    scene.step()
+    assert ipa_kernels.explain(scene.unet).cache.bytes > 0
+    ipa_kernels.clear_cache(scene.unet)
+    assert tuple(ipa_kernels.explain(scene.unet).cache) == (0, 0, 0)
+    scene.step()
+    assert ipa_kernels.explain(scene.unet).cache.misses > 0
+    memory = scene.unet._ipa_kernels.session.memory
+    ipa_kernels.disable(scene.unet)
+    assert memory.bytes == 0
+
+
+def test_cache_false_remembers_nothing() -> None:
+    scene = Scene()
+    ipa_kernels.enable(scene.unet, cache=False)
+    scene.step()
+    scene.step()
+    assert tuple(ipa_kernels.explain(scene.unet).cache) == (0, 0, 0)
+    ipa_kernels.enable(scene.unet)
+    scene.step()
+    assert ipa_kernels.explain(scene.unet).cache.misses > 0
+    ipa_kernels.enable(scene.unet, cache=False)
+    assert ipa_kernels.explain(scene.unet).cache.bytes == 0
+
+
+def test_gradients_and_inference_mode_are_not_remembered() -> None:
+    scene = Scene()
+    ipa_kernels.enable(scene.unet, impl="eager")
+    with torch.inference_mode():
+        text, embeds = scene.text.clone(), [scene.embeds[0].clone()]
+        for time in (5, 4):
+            scene.unet(scene.sample, time, text, added_cond_kwargs={"image_embeds": embeds})
+    assert ipa_kernels.explain(scene.unet).cache.hits == 0
+    for time in (3, 2):
+        scene.unet(scene.sample, time, scene.text, added_cond_kwargs={"image_embeds": scene.embeds}).sample.sum().backward()
+    assert ipa_kernels.explain(scene.unet).cache.hits == 0
+    assert scene.image_keys().weight.grad is not None
+
+
+def test_a_step_that_raises_leaves_the_memory_closed() -> None:
+    scene = Scene()
+    ipa_kernels.enable(scene.unet)
+    scene.step()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail_once(scene)
+    assert conditioning.active() is None
+    scene.step()
+
+
+def fail_once(scene: Scene) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("on purpose")
+
+    handle = scene.unet.mid_block.register_forward_pre_hook(fail)
+    try:
+        scene.step()
+    finally:
+        handle.remove()
+
+
+def test_a_direct_call_of_a_layer_remembers_nothing() -> None:
+    scene = Scene()
+    ipa_kernels.enable(scene.unet)
+    scene.step()
+    before = ipa_kernels.explain(scene.unet).cache
+    states = scene.text, [scene.draw(2, 1, 4, tiny.CROSS_ATTENTION_DIM)]
+    with torch.no_grad():
+        for _ in range(2):
+            scene.attention()(scene.draw(2, 16, 64), encoder_hidden_states=states)
+    assert ipa_kernels.explain(scene.unet).cache == before
+
+
+def test_two_pipelines_on_one_unet() -> None:
+    pipe = build("sd", ("base",))
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    expected = [generate(pipe, ("base",), seed=1), generate(other, ("base",), seed=2)]
+    ipa_kernels.enable(pipe)
+    for _ in range(2):
+        assert torch.equal(generate(pipe, ("base",), seed=1), expected[0])
+        assert torch.equal(generate(other, ("base",), seed=2), expected[1])
+    assert ipa_kernels.explain(pipe).cache.hits > 0
+
+
+def test_a_generation_within_a_generation() -> None:
+    """A callback that draws a preview with the same UNet."""
+    pipe = build("sd", ("base",))
+
+    def preview(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if step == 1:
+            scheduler = pipe.scheduler
+            pipe.scheduler = scheduler.from_config(scheduler.config)
+            previews.append(generate(pipe, ("base",), seed=9))
+            pipe.scheduler = scheduler
+        return tensors
+
+    previews: list[Tensor] = []
+    expected = generate(pipe, ("base",), steps=4, callback_on_step_end=preview)
+    ipa_kernels.enable(pipe)
+    assert torch.equal(generate(pipe, ("base",), steps=4, callback_on_step_end=preview), expected)
+    assert torch.equal(*previews)
