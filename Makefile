@@ -41,8 +41,9 @@ format: $(READY) ## format the code
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: $(READY) ## compare the attention core with stock, after the correctness gate
+bench: $(READY) ## compare the attention core and a generation with stock, after the correctness gate
 	@$(BIN)/python -m benchmarks.attention
+	@$(BIN)/python -m benchmarks.generation
 
 bench-micro: $(READY) ## the micro-benchmarks that CI can track
 	@$(BIN)/python -m pytest tests/test_benchmarks.py --benchmark-only

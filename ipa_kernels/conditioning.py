@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 
-SOURCES = 64
-"""The most tensors of which something is remembered: prompts, image embeddings, image tokens and masks of a few conditions."""
+SOURCES = 24
+"""The most tensors of which something is remembered: prompt, image embeddings, tokens and masks of three adapters for three
+alternating conditions."""
 
 
 class State(NamedTuple):
@@ -32,10 +33,25 @@ class _Source:
         self.tensor = weakref.ref(tensor, forget)
         self.version = tensor._version
         self.address = tensor.data_ptr()
-        self.values: dict[Hashable, tuple[State, Any]] = {}
+        self.values: dict[Hashable, _Value] = {}
 
     def is_still(self, tensor: Tensor) -> bool:
         return self.tensor() is tensor and self.version == tensor._version and self.address == tensor.data_ptr()
+
+
+class _Value:
+    """What was computed, and under which state. Whoever got it may have written to it since: then it is not found again."""
+
+    def __init__(self, state: State, result: Any) -> None:
+        self.state = state
+        self.result = result
+        self.versions = [tensor._version for tensor in self.tensors()]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.result if isinstance(self.result, tuple) else (self.result,)
+
+    def is_still(self, state: State) -> bool:
+        return self.state.marks == state.marks and self.versions == [tensor._version for tensor in self.tensors()]
 
 
 class _Active(threading.local):
@@ -68,8 +84,7 @@ class Memory:
         if not self._schedule.follows(timestep, condition):
             self.forget()
         hooked = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
-        usable = not torch.is_grad_enabled() and not hooked and not _is_capturing()
-        _ACTIVE.memory = self if usable else None
+        _ACTIVE.memory = None if torch.is_grad_enabled() or hooked or _is_recorded() else self
 
     @staticmethod
     def leave() -> None:
@@ -82,7 +97,7 @@ class Memory:
 
     def recall(self, source: Tensor, key: Hashable, state: State | None, compute: Callable[[], T]) -> T:
         """`compute()`, or what it returned for the same source, key and state. Nothing is kept where state is None."""
-        if state is None or type(source) is not Tensor or source.is_inference() or source.requires_grad:
+        if state is None or not _is_plain(source):
             self.misses += 1
             return compute()
         sources = self._sources
@@ -91,22 +106,23 @@ class Memory:
             found = self._source(sources, source)
         device = source.device.type
         key = key, torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        remembered = found.values.get(key)
-        if remembered is not None and remembered[0].marks == state.marks:
+        value = found.values.get(key)
+        if value is not None and value.is_still(state):
             self.hits += 1
-            return remembered[1]  # type: ignore[no-any-return]
+            return value.result  # type: ignore[no-any-return]
         self.misses += 1
-        value = compute()
-        found.values[key] = state, value
-        return value
+        result: Any = compute()
+        if all(_is_plain(tensor) for tensor in (result if isinstance(result, tuple) else (result,))):
+            found.values[key] = _Value(state, result)
+        return result  # type: ignore[no-any-return]
 
     @property
     def bytes(self) -> int:
         """The size of the values; views of one buffer count once."""
         storages = {}
         for source in list(self._sources.values()):
-            for _, value in list(source.values.values()):
-                for tensor in value if isinstance(value, tuple) else (value,):
+            for value in list(source.values.values()):
+                for tensor in value.tensors():
                     storage = tensor.untyped_storage()
                     storages[storage.data_ptr()] = storage.nbytes()
         return sum(storages.values())
@@ -117,18 +133,19 @@ class Memory:
 
         def forget(reference: Any) -> None:
             # the id may belong to another tensor by now
-            if key in sources and sources[key].tensor is reference:
-                del sources[key]
+            source = sources.get(key)
+            if source is not None and source.tensor is reference:
+                sources.pop(key, None)
 
-        while len(sources) >= SOURCES:
-            del sources[next(iter(sources))]
+        for oldest in list(sources)[: max(0, len(sources) - SOURCES + 1)]:
+            sources.pop(oldest, None)
         sources[key] = source = _Source(tensor, forget)
         return source
 
 
 def active() -> Memory | None:
     """The memory of the UNet that runs in this thread, if it may be used."""
-    return _ACTIVE.memory
+    return None if torch.compiler.is_compiling() else _ACTIVE.memory
 
 
 def remember(source: Tensor, key: Hashable, state: Callable[[], State | None], compute: Callable[[], T]) -> T:
@@ -181,8 +198,17 @@ def _is_same(timesteps: object, others: object) -> bool:
     return timesteps == others if isinstance(timesteps, str) and isinstance(others, str) else False
 
 
-def _is_capturing() -> bool:
+def _is_recorded() -> bool:
+    """Whether operations are recorded to be run again, where a remembered value would become a constant."""
+    traced = torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    if traced or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's identity and version tell what is in it."""
+    return type(tensor) is Tensor and not tensor.is_inference() and not tensor.requires_grad
 
 
 def state_of(modules: Iterable[nn.Module], known: Callable[[nn.Module], State | None]) -> State | None:

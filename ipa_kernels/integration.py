@@ -100,7 +100,8 @@ def enable(target: Any, *, impl: str = "auto", cache: bool = True) -> Report:
             later is taken over on the next step.
         impl: "auto" is the kernel where it runs, else eager attention, which is bit for bit stock's; each distinct reason warns
             once (`ipa_kernels.FallbackWarning`). "triton" never falls back. "eager" never uses the kernel.
-        cache: whether to keep what is constant during a generation. Nothing is kept yet.
+        cache: whether to keep what is constant during a generation: keys, values, image tokens, mask vectors. An edit through
+            `weight.data` in the middle of a generation is not seen; every other change is, and this one between generations.
 
     Returns:
         A `Report` of what is planned, layer by layer.
@@ -132,8 +133,7 @@ def enable(target: Any, *, impl: str = "auto", cache: bool = True) -> Report:
         watch.take_over_new(unet, undo)
         if found is None:
             watch.attach(unet)
-        if not cache:
-            session.memory.forget()
+        session.memory = Memory()
         return _report(unet, type(target).__name__)
     except BaseException:
         session.impl, session.cache = before

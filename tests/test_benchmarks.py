@@ -7,7 +7,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks import attention
+import ipa_kernels
+from benchmarks import attention, generation
 from ipa_kernels import decoupled_attention, measure
 from ipa_kernels.cases import CASES
 
@@ -61,3 +62,34 @@ def test_micro_benchmark(name: str, benchmark: BenchmarkFixture, device: torch.d
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     positional, keywords = CASES[name].inputs(dtype, device).arguments()
     benchmark(lambda: decoupled_attention(*positional, **keywords))
+
+
+def test_operations_per_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warm: to_q, to_out and the kernel; in eager attention an attention per branch and the weighting, in place."""
+    monkeypatch.undo()  # poisoning memory is an operation too
+    shape = generation.Shape(1, 64, 64, 4)
+    counts = {}
+    for variant in generation.VARIANTS:
+        row = generation.measure_layer(shape, 32, variant, torch.float32, CPU, rounds=1)
+        counts[variant] = tuple(row["operations"].values())
+        assert row["equal"], "eager attention on a CPU is stock's, bit for bit"
+    # stock, eager, the kernel
+    assert counts == {"one": (11, 6, 3), "one masked": (15, 7, 3), "three": (21, 12, 3), "three masked": (33, 15, 3)}
+
+
+def test_the_generation_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "generation.json"
+    monkeypatch.setattr(generation, "MODELS", {"toy": (32, [generation.Shape(3, 64, 64, 4)])})
+    monkeypatch.setattr("sys.argv", ["generation", "--device", "cpu", "--rounds", "1", "--steps", "3", "--json", str(file)])
+    with pytest.warns(ipa_kernels.report.FallbackWarning):
+        assert generation.main() == 0
+    result = json.loads(file.read_text())
+    calls = result["small"]["calls per generation"]
+    assert calls["stock"] == {name: 3 * count for name, count in calls["enabled"].items() if name != "mask resize"} | {
+        "mask resize": calls["stock"]["mask resize"]
+    }
+    assert calls["enabled"]["mask resize"] == 2, "two resolutions"
+    assert result["small"]["equal"]
+    assert set(result["models"]["toy"]) == set(generation.VARIANTS)
+    printed = capsys.readouterr().out
+    assert "toy: cross-attention of 3 layers" in printed

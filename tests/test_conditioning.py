@@ -1,6 +1,7 @@
 """What is remembered during a generation is never stale: scenes of two steps and more, stock against enabled, bit for bit."""
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import ipa_kernels
 from ipa_kernels import conditioning, tiny
@@ -228,6 +230,18 @@ def test_masks_that_change(name: str) -> None:
         scene.step()
         scene.step()
         assert not torch.equal(scene.pictures[1], scene.pictures[2])
+
+    as_with_stock(story)
+
+
+def test_masked_images_of_one_adapter_are_told_apart() -> None:
+    def story(scene: Scene) -> None:
+        scene.embeds = [scene.draw(2, 2, tiny.IMAGE_EMBED_DIM)]
+        scene.masks = [binary(2)]
+        for _ in range(3):
+            scene.step()
+        scene.masks = None
+        scene.step()
 
     as_with_stock(story)
 
@@ -568,3 +582,69 @@ def test_a_generation_within_a_generation() -> None:
     ipa_kernels.enable(pipe)
     assert torch.equal(generate(pipe, ("base",), steps=4, callback_on_step_end=preview), expected)
     assert torch.equal(*previews)
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_a_row_that_is_visibly_repeated_is_projected_once_for_the_kernel(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = []
+    forward = nn.Linear.forward
+
+    def counting(module: nn.Linear, input: Tensor) -> Tensor:
+        if module is scene.attention().to_k:
+            rows.append(input.shape[0])
+        return forward(module, input)
+
+    scene = Scene()
+    scene.text = scene.draw(1, 77, tiny.CROSS_ATTENTION_DIM).expand(2, -1, -1)
+    scene.step()
+    ipa_kernels.enable(scene.unet, impl=impl)
+    monkeypatch.setattr(nn.Linear, "forward", counting)
+    scene.step()
+    scene.times = iter([900])
+    scene.step()
+    assert rows == ([2, 2] if impl == "eager" else [1, 1])
+    stock, _, again = scene.pictures
+    if impl == "eager":
+        assert torch.equal(again, stock)
+    else:
+        torch.testing.assert_close(again, stock, rtol=1e-4, atol=1e-5)
+
+
+def test_a_hook_that_writes_to_the_image_tokens() -> None:
+    """What stock computes anew in every step, a hook may write to."""
+
+    def story(scene: Scene) -> None:
+        def halve(module: nn.Module, arguments: Any, options: dict[str, Any]) -> None:
+            options["encoder_hidden_states"][1][0].mul_(0.5)
+
+        scene.step()
+        handle = scene.attention().register_forward_pre_hook(halve, with_kwargs=True)
+        for _ in range(3):
+            scene.step()
+        handle.remove()
+        scene.step()
+        scene.step()
+
+    as_with_stock(story)
+
+
+def test_a_traced_step_holds_no_remembered_values() -> None:
+    scene = Scene()
+    scene.unet.requires_grad_(False)
+    ipa_kernels.enable(scene.unet)
+
+    class Step(nn.Module):
+        def forward(self, text: Tensor) -> Tensor:
+            return scene.unet(scene.sample, 5, text, added_cond_kwargs={"image_embeds": scene.embeds}).sample
+
+    step = Step()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        step(scene.text)
+        traced = torch.jit.trace(step, scene.text, check_trace=False)
+        fx = make_fx(step)(scene.text)
+        other = scene.draw(2, 77, tiny.CROSS_ATTENTION_DIM)
+        expected = step(other)
+        torch.testing.assert_close(traced(other), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(fx(other), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(expected, step(scene.text))

@@ -19,13 +19,20 @@ def decoupled_attention(problem: Problem) -> Tensor:
         if isinstance(scale, float) and scale == 0:
             continue
         image = _attention(problem, i + 1, None)
+        # autograd may have saved either; otherwise both are nobody else's
+        in_place = not (torch.is_grad_enabled() and (out.requires_grad or image.requires_grad))
         if mask is not None:
-            image = image * mask.to(image.dtype)[:, None, :, None]
+            weights = mask.to(image.dtype)[:, None, :, None]
+            image = image.mul_(weights) if in_place and not weights.requires_grad else image * weights
         if isinstance(scale, Tensor):
             # selected, not multiplied: a branch of scale 0 contributes nothing even where it holds NaN
             out = torch.where(scale == 0, out, out + scale * image)
             continue
-        out = out + scale * image
+        if not in_place:
+            out = out + scale * image
+            continue
+        # times 1 is exact, so that it can be left out
+        out.add_(image if scale == 1 else image.mul_(scale))
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 

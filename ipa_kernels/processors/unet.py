@@ -181,14 +181,22 @@ class _Fused:
         heads = attn.heads
 
         def project() -> tuple[Tensor, Tensor]:
-            tokens = states if use == "text" or use[1] is None else states[:, use[1]]
+            rows = states
+            if states.shape[0] > 1 and states.stride(0) == 0 and self._plans_kernel(attn, states):
+                # the same row over and over; in eager attention a product of fewer rows may differ in its last bits
+                rows = states[:1]
+            tokens = rows if use == "text" or use[1] is None else rows[:, use[1]]
 
             def split(projected: Tensor) -> Tensor:
-                return projected.view(states.shape[0], -1, heads, projected.shape[-1] // heads).transpose(1, 2)
+                return projected.view(rows.shape[0], -1, heads, projected.shape[-1] // heads).transpose(1, 2)
 
             return split(to_k(tokens)), split(to_v(tokens))
 
         return remember(states, (self._ipa_layer, use, heads), lambda: pure_state(to_k, to_v), project)
+
+    def _plans_kernel(self, attn: Attention, states: Tensor) -> bool:
+        planned, _ = layer_plan(attn, self, self._ipa_layer.session.impl, states.device, states.dtype)
+        return planned == "triton"
 
     def _softmax_scale(self, attn: Attention) -> float | None:
         return float(attn.scale)
