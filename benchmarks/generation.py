@@ -102,13 +102,13 @@ class Layer:
     def enabled(self, impl: str) -> Iterator[None]:
         """In the middle of a generation of an enabled UNet, after its first step."""
         session = Session(impl, cache=True)
-        revert = processors.take_over(self.attention.processor, "layer", session)
+        processors.take_over(self.attention.processor, "layer", session, [])
         session.memory.enter(999, ())
         try:
             yield
         finally:
             session.memory.leave()
-            revert()
+            processors.give_back(self.attention.processor)
 
 
 def measure_layer(

@@ -201,7 +201,8 @@ def _is_same(timesteps: object, others: object) -> bool:
 def _is_recorded() -> bool:
     """Whether operations are recorded to be run again, where a remembered value would become a constant."""
     traced = torch.jit.is_tracing()  # type: ignore[no-untyped-call]
-    if traced or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if traced or transformed or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
         return True
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 

@@ -1,5 +1,6 @@
 """What an enabled UNet and its processors remember. None of it is a parameter; a copy or a pickle keeps the options alone."""
 
+import re
 import warnings
 import weakref
 from typing import Any
@@ -22,8 +23,8 @@ class Session:
         self.taken: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     def warn_once(self, reason: str, instead: str) -> None:
-        """Warn that `instead` runs, the first time for this reason; what differs behind its colon is the same reason."""
-        kind = reason.partition(":")[0]
+        """Warn that `instead` runs, the first time for this reason; with other numbers in it, it is the same reason."""
+        kind = re.sub(r"\[[^][]*\]|[-+.\d]+", "", reason)
         if kind not in self.warned:
             self.warned.add(kind)
             warnings.warn(f"ipa_kernels: {instead} instead of the kernel: {reason}", FallbackWarning, stacklevel=2)

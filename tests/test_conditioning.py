@@ -628,23 +628,22 @@ def test_a_hook_that_writes_to_the_image_tokens() -> None:
     as_with_stock(story)
 
 
-def test_a_traced_step_holds_no_remembered_values() -> None:
+def test_a_recorded_step_holds_no_remembered_values() -> None:
     scene = Scene()
     scene.unet.requires_grad_(False)
     ipa_kernels.enable(scene.unet)
+    other = scene.draw(2, 77, tiny.CROSS_ATTENTION_DIM)
 
-    class Step(nn.Module):
-        def forward(self, text: Tensor) -> Tensor:
-            return scene.unet(scene.sample, 5, text, added_cond_kwargs={"image_embeds": scene.embeds}).sample
+    def step(text: Tensor) -> Tensor:
+        return scene.unet(scene.sample, time, text, added_cond_kwargs={"image_embeds": scene.embeds}).sample
 
-    step = Step()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        step(scene.text)
-        traced = torch.jit.trace(step, scene.text, check_trace=False)
-        fx = make_fx(step)(scene.text)
-        other = scene.draw(2, 77, tiny.CROSS_ATTENTION_DIM)
-        expected = step(other)
-        torch.testing.assert_close(traced(other), expected, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(fx(other), expected, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(expected, step(scene.text))
+        # each time later in the schedule, so that the step before is remembered
+        for time, record in ((900, make_fx(step)), (700, lambda text: torch.jit.trace(step, text, check_trace=False))):
+            step(scene.text)
+            time -= 100
+            recorded = record(scene.text)
+            expected = step(other)
+            assert not torch.allclose(expected, step(scene.text))
+            torch.testing.assert_close(recorded(other), expected, rtol=1e-4, atol=1e-5)

@@ -1,8 +1,11 @@
 """The life of a pipeline around `enable`: after every operation the picture is stock's, and `disable` is exact."""
 
+import copy
+import gc
 import importlib.util
 import io
 import pickle
+import sys
 import threading
 import warnings
 import weakref
@@ -13,18 +16,19 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, UNet3DConditionModel
 from diffusers.models import attention_processor as stock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ipa_kernels
 from ipa_kernels import UnsupportedError, tiny
+from ipa_kernels.ops import eager
 from ipa_kernels.report import FallbackWarning
 
 from .zoo.adapters import load
 from .zoo.controls import CONTROLS, Control, binary
-from .zoo.generate import generate, same, traces
+from .zoo.generate import generate, outcome, same, traces
 from .zoo.life import LOADS, OPERATIONS, Life
 from .zoo.pipelines import build
 
@@ -36,14 +40,21 @@ def kinds(life: Life) -> dict[str, type]:
 def tells_everything(life: Life) -> None:
     """Every adapter layer has a line in the report, with a reason wherever it is not the kernel."""
     report = ipa_kernels.explain(life.pipe)
-    adapters = [name for name, kind in kinds(life).items() if issubclass(kind, stock.IPAdapterAttnProcessor2_0)]
-    assert len(report.layers) == len(adapters)
+    cross = [name for name in kinds(life) if name.endswith("attn2.processor")]
+    loaded = life.pipe.unet.config.encoder_hid_dim_type == "ip_image_proj"
+    adapters = [name for name in cross if loaded or issubclass(kinds(life)[name], stock.IPAdapterAttnProcessor2_0)]
+    assert [layer.name for layer in report.layers] == [name.removesuffix(".processor") for name in modules(life, adapters)]
     for layer in report.layers:
         assert layer.impl in (None, "eager", "stock")
         assert layer.reason
-    if report.enabled and not adapters:
-        loaded = life.pipe.unet.config.encoder_hid_dim_type == "ip_image_proj"
-        assert ("other processors" if loaded else "no IP-Adapter is loaded") in report.note
+        if not issubclass(kinds(life)[f"{layer.name}.processor"], stock.IPAdapterAttnProcessor2_0):
+            assert (layer.planned, layer.impl, layer.calls) == ("stock", None, 0)
+    assert ("no IP-Adapter is loaded" in report.note) == (report.enabled and not adapters)
+
+
+def modules(life: Life, names: list[str]) -> list[str]:
+    """Names of processors in the order of the modules, which is not that of `attn_processors`."""
+    return [f"{name}.processor" for name, _ in life.pipe.unet.named_modules() if f"{name}.processor" in names]
 
 
 def restores(life: Life, twin: Life) -> None:
@@ -99,8 +110,14 @@ def test_a_story_ends_as_with_stock(name: str, enabled: str) -> None:
     assert same(ours.picture(), twin.picture())
 
 
+def accelerated(life: Life) -> None:
+    with ipa_kernels.accelerated(life.pipe):
+        life.picture()
+
+
 SWITCHES = {
     "enable": lambda life: ipa_kernels.enable(life.pipe),
+    "accelerated": accelerated,
     "enable eager": lambda life: ipa_kernels.enable(life.pipe, impl="eager", cache=False),
     "disable": lambda life: ipa_kernels.disable(life.pipe),
     "clear the cache": lambda life: ipa_kernels.clear_cache(life.pipe),
@@ -109,20 +126,25 @@ SWITCHES = {
 steps = st.one_of(st.sampled_from(list(LOADS)), st.sampled_from(list(SWITCHES)), st.sampled_from(list(OPERATIONS)))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(steps, max_size=8))
-def test_any_sequence_of_operations_is_as_with_stock(sequence: list[str]) -> None:
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.tuples(steps, st.booleans()), max_size=10))
+def test_any_sequence_of_operations_is_as_with_stock(sequence: list[tuple[str, bool]]) -> None:
+    """After each operation the picture is stock's; where it is drawn so, `disable` restores, and the story goes on enabled."""
     ours, twin = Life(), Life()
     for life in (ours, twin):
         life.load("base")
     ipa_kernels.enable(ours.pipe)
-    for operation in sequence:
+    for operation, is_disabled in sequence:
         if operation in SWITCHES:
             SWITCHES[operation](ours)
         else:
             assert same(ours.do(operation), twin.do(operation)), f"{operation} did something else"
         assert same(ours.picture(), twin.picture()), f"another picture after {operation}"
         tells_everything(ours)
+        if is_disabled:
+            restores(ours, twin)
+            assert same(ours.picture(), twin.picture()), f"another picture after {operation} and disable"
+            ipa_kernels.enable(ours.pipe)
     restores(ours, twin)
     assert same(ours.picture(), twin.picture())
 
@@ -446,3 +468,281 @@ def test_masks_on_the_cpu_and_on_the_gpu(where: str) -> None:
         actual = generate(pipe, ("plus",), control)
     assert report.triton == len(report.layers) > 0, str(report)
     torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+
+
+def often(*tasks: Callable[[], Any], rounds: int = 30) -> list[list[Any]]:
+    """The results of tasks that start together, with threads that switch as often as they can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        return [in_threads(*tasks) for _ in range(rounds)]
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_two_threads_that_enable_leave_what_one_disable_removes() -> None:
+    pipe = build("sd", ("base",))
+
+    def enable() -> None:
+        ipa_kernels.enable(pipe)
+
+    for _ in range(40):
+        often(enable, enable, rounds=1)
+        assert len(pipe.unet._forward_pre_hooks) == 1
+        ipa_kernels.disable(pipe)
+        assert not traces(pipe.unet)
+
+
+def test_blocks_in_two_threads_leave_nothing() -> None:
+    pipe = build("sd", ("base",))
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    expected = [generate(pipe, ("base",)), generate(other, ("base",))]
+
+    def accelerated(pipe: Any) -> torch.Tensor:
+        with ipa_kernels.accelerated(pipe):
+            return generate(pipe, ("base",))
+
+    for pictures in often(lambda: accelerated(pipe), lambda: accelerated(other), rounds=15):
+        assert all(map(same, pictures, expected))
+    assert not traces(pipe.unet)
+
+
+def test_a_thread_that_switches_while_another_draws() -> None:
+    pipe = build("sd", ("base",))
+    expected = generate(pipe, ("base",))
+
+    def toggle() -> None:
+        for _ in range(10):
+            ipa_kernels.enable(pipe)
+            ipa_kernels.disable(pipe)
+
+    for picture, _ in often(lambda: generate(pipe, ("base",)), toggle, rounds=15):
+        assert torch.equal(picture, expected)
+    assert not traces(pipe.unet)
+
+
+@pytest.mark.parametrize("name", ["to_q", "to_k", "to_out.0"])
+def test_a_disable_in_the_middle_of_a_call(name: str) -> None:
+    pipe = build("sd", ("base",))
+    expected = generate(pipe, ("base",))
+    ipa_kernels.enable(pipe)
+    hooked = pipe.unet.get_submodule(f"mid_block.attentions.0.transformer_blocks.0.attn2.{name}")
+    hooked.register_forward_hook(lambda *arguments: ipa_kernels.disable(pipe))
+    assert torch.equal(generate(pipe, ("base",)), expected)
+    assert not traces(pipe.unet)
+
+
+def test_blocks_that_overlap() -> None:
+    pipe = build("sd", ("base",))
+    first, second = ipa_kernels.accelerated(pipe), ipa_kernels.accelerated(pipe, impl="eager", cache=False)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert ipa_kernels.explain(pipe).impl == "eager"
+    assert not pipe.unet._ipa_kernels.session.cache
+    second.__exit__(None, None, None)
+    assert not traces(pipe.unet)
+    ipa_kernels.enable(pipe, impl="eager", cache=False)
+    with ipa_kernels.accelerated(pipe):
+        pass
+    assert not pipe.unet._ipa_kernels.session.cache, "the options come back"
+
+
+def test_a_block_that_is_replaced_is_taken_over_and_the_old_one_is_freed() -> None:
+    pipe = build("sd", ("base",))
+    expected = generate(pipe, ("base",))
+    ipa_kernels.enable(pipe, impl="eager")
+    old = weakref.ref(pipe.unet.mid_block)
+    pipe.unet.mid_block = copy.deepcopy(pipe.unet.mid_block)
+    assert torch.equal(generate(pipe, ("base",)), expected)
+    assert {(layer.impl, layer.calls) for layer in ipa_kernels.explain(pipe).layers} == {("eager", 2)}
+    gc.collect()
+    assert old() is None
+    ipa_kernels.disable(pipe)
+    assert not traces(pipe.unet)
+
+
+def test_hooks_that_someone_else_removed_are_put_back_by_enable() -> None:
+    pipe = build("sd", ("base",))
+    ipa_kernels.enable(pipe)
+    pipe.unet._forward_pre_hooks.clear()
+    ipa_kernels.enable(pipe)
+    load(pipe, "plus")
+    generate(pipe, ("plus",))
+    assert {layer.impl for layer in ipa_kernels.explain(pipe).layers} == {"eager"}
+    ipa_kernels.disable(pipe)
+    assert not traces(pipe.unet)
+
+
+def test_a_class_that_someone_patched_runs_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = stock.IPAdapterAttnProcessor2_0.__call__
+
+    def halved(
+        self: Any, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, attention_mask: Any = None,
+        temb: Any = None, scale: float = 1.0, ip_adapter_masks: Any = None,
+    ) -> torch.Tensor:  # fmt: skip
+        return 0.5 * original(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb, scale, ip_adapter_masks)
+
+    pipe = build("sd", ("base",))
+    monkeypatch.setattr(stock.IPAdapterAttnProcessor2_0, "__call__", halved)
+    expected = generate(pipe, ("base",))
+    with ipa_kernels.accelerated(pipe) as report:
+        assert torch.equal(generate(pipe, ("base",)), expected)
+    assert {layer.impl for layer in report.layers} == {"stock"}
+    assert "another __call__" in report.layers[0].reason
+
+
+def test_sdpa_replaced_by_a_function_with_stocks_keywords_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = torch.nn.functional.scaled_dot_product_attention
+    shapes: list[torch.Size] = []
+
+    def recording(
+        query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False
+    ) -> Any:
+        shapes.append(query.shape)
+        return attention(query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal)
+
+    pipe = build("sd", ("base",))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recording)
+    expected = generate(pipe, ("base",))
+    of_stock = shapes.copy()
+    shapes.clear()
+    ipa_kernels.enable(pipe)
+    assert torch.equal(generate(pipe, ("base",)), expected)
+    assert shapes == of_stock
+
+
+class Wrapper:
+    """A processor around another one, as recorders of attention maps are."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(
+        self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, attention_mask: Any = None,
+        ip_adapter_masks: Any = None,
+    ) -> torch.Tensor:  # fmt: skip
+        return self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, ip_adapter_masks=ip_adapter_masks)
+
+
+def test_a_wrapped_processor_runs_and_is_named() -> None:
+    pipe = build("sd", ("base",))
+    expected = generate(pipe, ("base",))
+    attention = pipe.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2")
+    attention.set_processor(Wrapper(attention.processor))
+    with pytest.warns(FallbackWarning, match="processor Wrapper"):
+        ipa_kernels.enable(pipe)
+    assert torch.equal(generate(pipe, ("base",)), expected)
+    report = ipa_kernels.explain(pipe)
+    assert [layer.planned for layer in report.layers].count("stock") == 1
+    assert len(report.layers) == 4
+    with pytest.raises(UnsupportedError, match="processor Wrapper"):
+        ipa_kernels.enable(pipe, impl="triton")
+
+
+def test_reasons_that_begin_alike_are_told_apart() -> None:
+    pipe = build("sd", ("base",))
+    ipa_kernels.enable(pipe)
+    for masks, told in (
+        (binary(), "a list with one entry"),
+        ([binary(2)], "a tensor"),
+        ([binary(rows=3)], "one row or a row per"),
+    ):
+        with pytest.warns(FallbackWarning, match=told):
+            outcome(pipe, ("base",), Control(masks=lambda n, rows, masks=masks: masks))
+
+
+@pytest.mark.parametrize(
+    "part", ["group_norm", "residual_connection", "rescale_output_factor", "norm_cross", "four dimensions"]
+)
+def test_what_no_unet_has_runs_diffusers_code(part: str) -> None:
+    pipe = build("sd", ("base",))
+    attention = pipe.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2")
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 16, 64)
+    if part == "group_norm":
+        attention.group_norm = torch.nn.GroupNorm(8, 64)
+    elif part == "norm_cross":
+        attention.norm_cross = torch.nn.LayerNorm(tiny.CROSS_ATTENTION_DIM)
+    elif part == "four dimensions":
+        hidden = torch.randn(2, 64, 4, 4)
+    else:
+        setattr(attention, part, 2.0 if part == "rescale_output_factor" else True)
+    states = torch.randn(2, 7, tiny.CROSS_ATTENTION_DIM), [torch.randn(2, 1, 4, tiny.CROSS_ATTENTION_DIM)]
+    with torch.no_grad():
+        expected = attention(hidden, encoder_hidden_states=states)
+        ipa_kernels.enable(pipe)
+        with pytest.warns(FallbackWarning, match="diffusers' own code runs"):
+            assert torch.equal(attention(hidden, encoder_hidden_states=states), expected)
+    assert attention.processor._ipa_layer.impl == "stock"
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "kolors", "animatediff"])
+def test_default_processors_on_every_kind_of_unet(kind: str) -> None:
+    ours, twin = build(kind, ("base",)), build(kind, ("base",))
+    ipa_kernels.enable(ours)
+    for pipe in (ours, twin):
+        pipe.unet.set_default_attn_processor()
+    assert same(outcome(ours, ("base",)), outcome(twin, ("base",)))
+    for pipe in (ours, twin):
+        load(pipe, "plus")
+    assert same(outcome(ours, ("plus",)), outcome(twin, ("plus",)))
+    for pipe in (ours, twin):
+        pipe.unload_ip_adapter()
+    assert same(outcome(ours), outcome(twin))
+    ipa_kernels.disable(ours)
+    assert not traces(ours.unet)
+
+
+def test_the_eager_path_runs_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = build("sd", ("base",))
+    ipa_kernels.enable(pipe)
+    calls = []
+    original = eager.decoupled_attention
+    monkeypatch.setattr(eager, "decoupled_attention", lambda problem: calls.append(problem) or original(problem))
+    generate(pipe, ("base",))
+    assert len(calls) == 2 * 4
+
+
+def test_an_interrupt_anywhere_in_enable_leaves_nothing() -> None:
+    pipe = build("sd", ("base",))
+    ipa_kernels.enable(pipe)
+    ipa_kernels.disable(pipe)
+
+    def interrupting(at: int) -> Callable[..., Any]:
+        lines = 0
+
+        def trace(frame: Any, event: str, argument: Any) -> Any:
+            nonlocal lines
+            if "ipa_kernels" not in frame.f_code.co_filename:
+                return None
+            lines += event == "line"
+            if lines == at:
+                raise KeyboardInterrupt
+            return trace
+
+        return trace
+
+    interrupted = 0
+    for at in range(1, 600, 7):
+        sys.settrace(interrupting(at))
+        try:
+            ipa_kernels.enable(pipe)
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.settrace(None)
+        ipa_kernels.disable(pipe)
+        assert not traces(pipe.unet), f"interrupted at line {at}"
+    assert interrupted > 50
+
+
+def test_a_unet_that_takes_no_ip_adapters_is_refused_by_name() -> None:
+    unet = UNet3DConditionModel(
+        block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=8, attention_head_dim=4, norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+    )  # fmt: skip
+    for function in (ipa_kernels.enable, ipa_kernels.explain):
+        with pytest.raises(TypeError, match="UNet2DConditionModel, UNetMotionModel.*got UNet3DConditionModel"):
+            function(unet)

@@ -43,9 +43,9 @@ def _attention(problem: Problem, branch: int, bias: Tensor | None) -> Tensor:
     if bias is not None:
         bias = bias.to(query.dtype)
     # stock leaves the default to SDPA, which computes it in its own precision
-    default = problem.softmax_scale == default_softmax_scale(query.shape[-1])
-    scale = None if default else problem.softmax_scale
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    if problem.softmax_scale == default_softmax_scale(query.shape[-1]):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=problem.softmax_scale)
 
 
 def _scale(problem: Problem, i: int) -> float | Tensor:

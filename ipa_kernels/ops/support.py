@@ -101,6 +101,8 @@ def call_reasons(problem: Problem) -> list[str]:
         reasons.append(f"batch {query.shape[0]}: a GPU grid ends at 65535")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in problem.tensors()):
         reasons.append("gradient: an input requires grad and the kernel has no backward; use torch.no_grad() or eager")
+    if torch.autograd.forward_ad._current_level >= 0:
+        reasons.append("forward-mode differentiation: the kernel has no tangents; leaving its dual level lifts this")
     for name, tensor in _named(problem):
         if tensor.shape[3] > 1 and tensor.stride(3) != 1:
             reasons.append(f"{name} strides {tuple(tensor.stride())}: the kernel needs a last stride of 1")

@@ -142,11 +142,17 @@ def of(unet: nn.Module) -> list[nn.Module]:
     return [module for module in found if type(module) in OURS or type(module) in STOCK]  # type: ignore[misc]
 
 
-def take_over(module: nn.Module, session: Session) -> Callable[[], None]:
-    """Make a projection one of ours; what is returned reverts that."""
-    module.__class__ = OURS[type(module)]
+def take_over(module: nn.Module, session: Session, undo: list[Callable[[], None]]) -> None:
+    """Make a projection one of ours; `undo` gets what reverts that, before anything is changed."""
+    kind = type(module)
+
+    def revert() -> None:
+        session.taken.discard(module)
+        module.__class__ = kind
+
+    undo.append(revert)
     session.taken.add(module)
-    return lambda: give_back(module)
+    module.__class__ = OURS[kind]
 
 
 def give_back(module: nn.Module) -> None:

@@ -31,12 +31,11 @@ _COMPILED = "torch.compile: diffusers' own code is traced"
 
 
 class _Fused:
-    """What the three subclasses share. The class that was replaced is next in the order of resolution."""
+    """What the three subclasses share. A call works on what it read at its start: another thread may `disable` meanwhile."""
 
     # whether eager attention gives the result of the replaced class bit for bit
     eager_is_exact = False
 
-    _ipa_layer: Layer
     scale: list[Any]
     to_k_ip: nn.ModuleList
     to_v_ip: nn.ModuleList
@@ -44,7 +43,7 @@ class _Fused:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """A copy or a pickle of a processor is a stock one; a UNet that is enabled takes it over on its next step."""
         state = {name: value for name, value in vars(self).items() if name != "_ipa_layer"}
-        return object.__new__, (STOCK[type(self)],), state
+        return object.__new__, (STOCK[_ours(self)],), state
 
     def __call__(
         self,
@@ -57,14 +56,17 @@ class _Fused:
         ip_adapter_masks: Any = None,
     ) -> Tensor:
         """diffusers' processor call: hidden_states [B, M, C] and (text, [image tokens, ...]) to [B, M, C]."""
+        layer: Layer | None = vars(self).get("_ipa_layer")
+        kind = _ours(self)
 
         def replaced() -> Tensor:
             # diffusers names the last parameters and drops arguments that a processor does not name
-            return super(_Fused, self).__call__(  # type: ignore[misc, no-any-return]
-                attn, hidden_states, encoder_hidden_states, attention_mask, temb, scale, ip_adapter_masks
-            )
+            call = type(self).__call__ if kind is None else STOCK[kind].__call__
+            out: Tensor = call(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb, scale, ip_adapter_masks)
+            return out
 
-        layer = self._ipa_layer
+        if layer is None or kind is None:
+            return replaced()
         impl = layer.session.impl
         if torch.compiler.is_compiling():
             if impl == "triton":
@@ -72,14 +74,14 @@ class _Fused:
             # not counted: this runs once, when the graph is traced
             layer.impl, layer.reason = "stock", _COMPILED
             return replaced()
-        reasons = self._unusual(attn, hidden_states, encoder_hidden_states, attention_mask, ip_adapter_masks)
-        if not reasons and not self.eager_is_exact and impl != "triton":
+        reasons = _unusual(kind, self, attn, hidden_states, encoder_hidden_states, attention_mask, ip_adapter_masks)
+        if not reasons and not kind.eager_is_exact and impl != "triton":
             _, reasons = layer_plan(attn, self, impl, hidden_states.device, hidden_states.dtype)
         problem = None
         if not reasons:
             try:
                 text, images = encoder_hidden_states
-                problem = self._problem(attn, hidden_states, text, images, ip_adapter_masks)
+                problem = _problem(kind, layer, self, attn, hidden_states, text, images, ip_adapter_masks)
             except (TypeError, ValueError) as error:
                 # for the replaced class to run or to refuse, in its own words
                 reasons = [f"unusual input: {error}"]
@@ -91,7 +93,7 @@ class _Fused:
             layer.record("stock", reasons)
             return replaced()
         chosen, reasons = choose(problem, impl)
-        if chosen == "eager" and not self.eager_is_exact:
+        if chosen == "eager" and not kind.eager_is_exact:
             layer.record("stock", reasons)
             return replaced()
         layer.record(chosen, reasons)
@@ -99,107 +101,134 @@ class _Fused:
         out = out.transpose(1, 2).reshape(hidden_states.shape[0], hidden_states.shape[1], -1)
         return attn.to_out[1](attn.to_out[0](out))  # type: ignore[no-any-return]
 
-    def _unusual(
-        self, attn: Attention, hidden_states: Tensor, states: Any, attention_mask: Tensor | None, masks: Any
-    ) -> list[str]:
-        """Why only the replaced class may run this call; every check is one that costs nothing."""
-        reasons = _unusual_attention(attn)
-        if attention_mask is not None:
-            reasons.append("attention_mask: only diffusers' own code takes one; leaving encoder_attention_mask out lifts this")
-        if hidden_states.ndim != 3:
-            reasons.append(f"hidden_states: expected [batch, queries, channels], got {hidden_states.ndim} dimensions")
-        if not _is_pair(states):
-            pair = "added_cond_kwargs={'image_embeds': [...]} of the UNet makes it"
-            return [*reasons, f"encoder_hidden_states: not a pair of text and a list of image tokens; {pair}"]
-        text, images = states
-        if len(images) != len(self.to_k_ip) or not isinstance(self.scale, list) or len(self.scale) != len(images):
-            count = f"got {len(images)} for {len(self.to_k_ip)} adapters with scales {self.scale}"
-            return [*reasons, f"image inputs: {count}; one entry for each adapter lifts this"]
-        if any(state.ndim not in (3, 4) for state in images):
-            reasons.append("image tokens: expected [batch, images, tokens, channels]")
-        batches = {hidden_states.shape[0], text.shape[0], *(state.shape[0] for state in images)}
-        if len(batches) > 1:
-            got = f"diffusers folds different ones, got {sorted(batches)}"
-            reasons.append(f"batch sizes of queries, text and images: {got}; equal ones lift this")
-        reasons += self._unusual_masks(masks, images, hidden_states.shape[0])
-        if torch.is_grad_enabled() and any(
-            tensor.requires_grad for tensor in chain((hidden_states, text, *images), attn.parameters())
-        ):
-            reasons.append("gradient: the kernel has no backward yet; torch.no_grad() lifts this")
-        return reasons
-
-    def _unusual_masks(self, masks: Any, images: list[Tensor], batch: int) -> list[str]:
-        """Masks or scales for which diffusers raises, or that it broadcasts in its own way."""
-        if masks is None:
-            masks = [None] * len(images)
-        elif not isinstance(masks, list) or len(masks) != len(images):
-            return ["ip_adapter_masks: diffusers reads it in its own way; a list with one entry for each adapter lifts this"]
-        for scale, mask, state in zip(self.scale, masks, images, strict=True):
-            scales = scale if isinstance(scale, list) else [scale]
-            if any(type(s) not in (int, float) for s in scales):
-                return [f"adapter scale: got {scale!r}; a number, or a list of numbers, lifts this"]
-            if mask is None:
-                if isinstance(scale, list) and any(s != 0 for s in scale):
-                    return ["adapter scales per image: ip_adapter_masks for the images lift this"]
-                continue
-            if not isinstance(mask, Tensor) or mask.ndim != 4 or state.ndim != 4 or mask.shape[1] != state.shape[1]:
-                return ["ip_adapter_masks: a tensor [1, images, height, width] for each adapter lifts this"]
-            if mask.shape[0] not in (1, batch) or (isinstance(scale, list) and len(scale) != mask.shape[1]):
-                got = f"got {list(mask.shape)} for a batch of {batch} with scale {scale!r}"
-                return [f"ip_adapter_masks: {got}; one row or a row per batch row, and a scale per image, lift this"]
-        return []
-
-    def _problem(self, attn: Attention, hidden_states: Tensor, text: Tensor, images: list[Tensor], masks: Any) -> Problem:
-        """Project, in stock's order and shapes; an adapter of scale 0 is left out, its projections are not run."""
-        query = attn.to_q(hidden_states)
-        key, value = self._keys_and_values(attn, text, "text", attn.to_k, attn.to_v)
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        scales: list[float] = []
-        vectors: list[Tensor | None] = []
-        adapters = zip(images, self.scale, masks or [None] * len(images), strict=True)
-        for adapter, (state, scale, mask) in enumerate(adapters):
-            if all(s == 0 for s in scale) if isinstance(scale, list) else scale == 0:
-                continue
-            projections = self.to_k_ip[adapter], self.to_v_ip[adapter]
-            # all images of an unmasked adapter share one softmax
-            for i in range(1 if mask is None else mask.shape[1]):
-                use = (adapter, None if mask is None else i)
-                image_key, image_value = self._keys_and_values(attn, state, use, *projections)
-                keys.append(image_key)
-                values.append(image_value)
-                scales.append(scale[i] if isinstance(scale, list) else scale)
-                vectors.append(None if mask is None else _mask_vector(mask, i, query))
-        head_dim = key.shape[-1]
-        query = query.view(query.shape[0], -1, attn.heads, head_dim).transpose(1, 2)
-        return check_arguments(query, key, value, keys, values, scales, vectors, None, self._softmax_scale(attn))
-
-    def _keys_and_values(
-        self, attn: Attention, states: Tensor, use: Any, to_k: nn.Module, to_v: nn.Module
-    ) -> tuple[Tensor, Tensor]:
-        """[B, H, N, D] each, of the text (`use` "text") or of an adapter's images, one or all: (adapter, image or None)."""
-        heads = attn.heads
-
-        def project() -> tuple[Tensor, Tensor]:
-            rows = states
-            if states.shape[0] > 1 and states.stride(0) == 0 and self._plans_kernel(attn, states):
-                # the same row over and over; in eager attention a product of fewer rows may differ in its last bits
-                rows = states[:1]
-            tokens = rows if use == "text" or use[1] is None else rows[:, use[1]]
-
-            def split(projected: Tensor) -> Tensor:
-                return projected.view(rows.shape[0], -1, heads, projected.shape[-1] // heads).transpose(1, 2)
-
-            return split(to_k(tokens)), split(to_v(tokens))
-
-        return remember(states, (self._ipa_layer, use, heads), lambda: pure_state(to_k, to_v), project)
-
-    def _plans_kernel(self, attn: Attention, states: Tensor) -> bool:
-        planned, _ = layer_plan(attn, self, self._ipa_layer.session.impl, states.device, states.dtype)
-        return planned == "triton"
-
-    def _softmax_scale(self, attn: Attention) -> float | None:
+    @staticmethod
+    def softmax_scale(attn: Attention) -> float | None:
+        """The factor of the scores; None is 1/sqrt(head dim)."""
         return float(attn.scale)
+
+    @staticmethod
+    def refuses_masks() -> str | None:
+        """Why masks are for the replaced class alone."""
+        return None
+
+
+def _ours(processor: object) -> Any:
+    """Which of the subclasses a processor has, perhaps below a class that someone else has put on it; None where none."""
+    return next((kind for kind in type(processor).__mro__ if kind in STOCK), None)
+
+
+def _unusual(
+    kind: Any, processor: Any, attn: Attention, hidden_states: Tensor, states: Any, attention_mask: Tensor | None, masks: Any
+) -> list[str]:
+    """Why only the replaced class may run a call; every check is one that costs nothing."""
+    reasons = _unusual_attention(attn)
+    if STOCK[kind].__call__ is not _CALLS[kind]:
+        lift = "putting diffusers' own function back lifts this"
+        reasons.append(f"processor {kind.__name__}: its class was given another __call__, which runs; {lift}")
+    if attention_mask is not None:
+        reasons.append("attention_mask: only diffusers' own code takes one; leaving encoder_attention_mask out lifts this")
+    if hidden_states.ndim != 3:
+        reasons.append(f"hidden_states: got {hidden_states.ndim} dimensions; [batch, queries, channels] lifts this")
+    if not _is_pair(states):
+        pair = "added_cond_kwargs={'image_embeds': [...]} of the UNet lifts this"
+        return [*reasons, f"encoder_hidden_states: not a pair of text and a list of image tokens; {pair}"]
+    text, images = states
+    if len(images) != len(processor.to_k_ip) or not isinstance(processor.scale, list) or len(processor.scale) != len(images):
+        count = f"got {len(images)} for {len(processor.to_k_ip)} adapters with scales {processor.scale}"
+        return [*reasons, f"image inputs: {count}; one entry for each adapter lifts this"]
+    if any(state.ndim not in (3, 4) for state in images):
+        reasons.append("image tokens: not three or four dimensions; [batch, images, tokens, channels] lifts this")
+    batches = {hidden_states.shape[0], text.shape[0], *(state.shape[0] for state in images)}
+    if len(batches) > 1:
+        got = f"diffusers folds different ones, got {sorted(batches)}"
+        reasons.append(f"batch sizes of queries, text and images: {got}; equal ones lift this")
+    refusal = kind.refuses_masks()
+    if masks is not None and refusal is not None:
+        reasons.append(refusal)
+    reasons += _unusual_masks(processor.scale, masks, images, hidden_states.shape[0])
+    if torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in chain((hidden_states, text, *images), attn.parameters())
+    ):
+        reasons.append("gradient: the kernel has no backward yet; torch.no_grad() lifts this")
+    return reasons
+
+
+def _unusual_masks(scales: list[Any], masks: Any, images: list[Tensor], batch: int) -> list[str]:
+    """Masks or scales for which diffusers raises, or that it broadcasts in its own way."""
+    if masks is None:
+        masks = [None] * len(images)
+    elif not isinstance(masks, list) or len(masks) != len(images):
+        return ["ip_adapter_masks: diffusers reads it in its own way; a list with one entry for each adapter lifts this"]
+    for scale, mask, state in zip(scales, masks, images, strict=True):
+        numbers = scale if isinstance(scale, list) else [scale]
+        if any(type(s) not in (int, float) for s in numbers):
+            return [f"adapter scale: got {scale!r}; a number, or a list of numbers, lifts this"]
+        if mask is None:
+            if isinstance(scale, list) and any(s != 0 for s in scale):
+                return ["adapter scales per image: ip_adapter_masks for the images lift this"]
+            continue
+        if not isinstance(mask, Tensor) or mask.ndim != 4 or state.ndim != 4 or mask.shape[1] != state.shape[1]:
+            return ["ip_adapter_masks: a tensor [1, images, height, width] for each adapter lifts this"]
+        if mask.shape[0] not in (1, batch) or (isinstance(scale, list) and len(scale) != mask.shape[1]):
+            got = f"got {list(mask.shape)} for a batch of {batch} with scale {scale!r}"
+            return [f"ip_adapter_masks: {got}; one row or a row per batch row, and a scale per image, lift this"]
+    return []
+
+
+def _problem(
+    kind: Any,
+    layer: Layer,
+    processor: Any,
+    attn: Attention,
+    hidden_states: Tensor,
+    text: Tensor,
+    images: list[Tensor],
+    masks: Any,
+) -> Problem:
+    """Project, in stock's order and shapes; an adapter of scale 0 is left out, its projections are not run."""
+    query = attn.to_q(hidden_states)
+    key, value = _keys_and_values(layer, processor, attn, text, "text", attn.to_k, attn.to_v)
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    scales: list[float] = []
+    vectors: list[Tensor | None] = []
+    adapters = zip(images, processor.scale, masks or [None] * len(images), strict=True)
+    for adapter, (state, scale, mask) in enumerate(adapters):
+        if all(s == 0 for s in scale) if isinstance(scale, list) else scale == 0:
+            continue
+        projections = processor.to_k_ip[adapter], processor.to_v_ip[adapter]
+        # all images of an unmasked adapter share one softmax
+        for i in range(1 if mask is None else mask.shape[1]):
+            use = (adapter, None if mask is None else i)
+            image_key, image_value = _keys_and_values(layer, processor, attn, state, use, *projections)
+            keys.append(image_key)
+            values.append(image_value)
+            scales.append(scale[i] if isinstance(scale, list) else scale)
+            vectors.append(None if mask is None else _mask_vector(mask, i, query))
+    query = query.view(query.shape[0], -1, attn.heads, key.shape[-1]).transpose(1, 2)
+    return check_arguments(query, key, value, keys, values, scales, vectors, None, kind.softmax_scale(attn))
+
+
+def _keys_and_values(
+    layer: Layer, processor: object, attn: Attention, states: Tensor, use: Any, to_k: nn.Module, to_v: nn.Module
+) -> tuple[Tensor, Tensor]:
+    """[B, H, N, D] each, of the text (`use` "text") or of an adapter's images, one or all: (adapter, image or None)."""
+    heads = attn.heads
+
+    def project() -> tuple[Tensor, Tensor]:
+        rows = states
+        if states.shape[0] > 1 and states.stride(0) == 0:
+            planned, _ = layer_plan(attn, processor, layer.session.impl, states.device, states.dtype)
+            # the same row over and over; in eager attention a product of fewer rows may differ in its last bits
+            rows = states[:1] if planned == "triton" else states
+        tokens = rows if use == "text" or use[1] is None else rows[:, use[1]]
+
+        def split(projected: Tensor) -> Tensor:
+            return projected.view(rows.shape[0], -1, heads, projected.shape[-1] // heads).transpose(1, 2)
+
+        return split(to_k(tokens)), split(to_v(tokens))
+
+    return remember(states, (layer, use, heads), lambda: pure_state(to_k, to_v), project)
 
 
 def _unusual_attention(attn: Attention) -> list[str]:
@@ -246,19 +275,20 @@ class IPAdapterAttnProcessor2_0(_Fused, stock.IPAdapterAttnProcessor2_0):  # typ
 
     eager_is_exact = True
 
-    def _softmax_scale(self, attn: Attention) -> float | None:
-        # the replaced class ignores attn.scale
+    @staticmethod
+    def softmax_scale(attn: Attention) -> float | None:
+        """The replaced class ignores attn.scale."""
         return None
 
 
 class IPAdapterXFormersAttnProcessor(_Fused, stock.IPAdapterXFormersAttnProcessor):  # type: ignore[misc]
     """In the place of the class that `enable_xformers_memory_efficient_attention` installs."""
 
-    def _unusual_masks(self, masks: Any, images: list[Tensor], batch: int) -> list[str]:
-        if masks is not None:
-            lift = "disable_xformers_memory_efficient_attention() lifts this"
-            return [f"ip_adapter_masks with xFormers: diffusers rounds them to float16 first; {lift}"]
-        return super()._unusual_masks(masks, images, batch)
+    @staticmethod
+    def refuses_masks() -> str | None:
+        """Diffusers rounds them."""
+        lift = "disable_xformers_memory_efficient_attention() lifts this"
+        return f"ip_adapter_masks with xFormers: diffusers rounds them to float16 first; {lift}"
 
 
 FUSED: dict[type, Any] = {
@@ -267,6 +297,7 @@ FUSED: dict[type, Any] = {
     stock.IPAdapterXFormersAttnProcessor: IPAdapterXFormersAttnProcessor,
 }
 STOCK: dict[type, Any] = {ours: theirs for theirs, ours in FUSED.items()}
+_CALLS = {ours: theirs.__call__ for theirs, ours in FUSED.items()}
 
 # `Attention.forward` asks for the signature in every call; a stored one is four times as fast to get
 _Fused.__call__.__signature__ = inspect.signature(_Fused.__call__)  # type: ignore[attr-defined]
@@ -277,32 +308,40 @@ for _module in (stock, unet_2d_condition, unet_motion_model):
     _module.CROSS_ATTENTION_PROCESSORS += _known
 
 
-def is_new(processor: object, session: Session) -> bool:
+def is_new(processor: Any, session: Session) -> bool:
     """Whether a session has yet to take over this processor: a stock one, or one of another session."""
-    return type(processor) in FUSED or (type(processor) in STOCK and processor._ipa_layer.session is not session)  # type: ignore[attr-defined]
+    kind = type(processor)
+    return kind in FUSED or (kind in STOCK and session_of(processor) is not session)
 
 
-def take_over(processor: nn.Module, name: str, session: Session) -> Callable[[], None]:
-    """Make a processor one of this session; what is returned reverts that."""
+def session_of(processor: Any) -> Session | None:
+    """The session that a processor belongs to."""
+    layer = vars(processor).get("_ipa_layer")
+    return None if layer is None else layer.session
+
+
+def take_over(processor: nn.Module, name: str, session: Session, undo: list[Callable[[], None]]) -> None:
+    """Make a processor one of this session; `undo` gets what reverts that, before anything is changed."""
     kind, layer = type(processor), vars(processor).get("_ipa_layer")
-    processor._ipa_layer = Layer(name, session)  # type: ignore[assignment]
-    processor.__class__ = FUSED.get(kind, kind)
-    session.taken.add(processor)
 
     def revert() -> None:
         session.taken.discard(processor)
-        if layer is None:
-            give_back(processor)
-        else:
-            processor._ipa_layer = layer
+        processor.__class__ = kind
+        vars(processor).pop("_ipa_layer", None)
+        if layer is not None:
+            vars(processor)["_ipa_layer"] = layer
 
-    return revert
+    undo.append(revert)
+    session.taken.add(processor)
+    vars(processor)["_ipa_layer"] = Layer(name, session)
+    processor.__class__ = FUSED.get(kind, kind)
 
 
 def give_back(processor: nn.Module) -> None:
     """Make a processor of ours a stock one again."""
-    processor.__class__ = STOCK[type(processor)]
-    del processor._ipa_layer
+    if type(processor) in STOCK:
+        processor.__class__ = STOCK[type(processor)]
+    vars(processor).pop("_ipa_layer", None)
 
 
 def is_adapter(processor: object) -> bool:
@@ -310,22 +349,29 @@ def is_adapter(processor: object) -> bool:
     return isinstance(processor, tuple(FUSED))
 
 
-def foreign_reason(processor: object) -> str | None:
-    """Why an IP-Adapter's processor is not taken over, or None where it can be, or is no IP-Adapter's."""
+def expects_adapter(name: str) -> bool:
+    """Whether diffusers' loader puts an IP-Adapter into the attention of this name."""
+    return not name.endswith("attn1") and "motion_modules" not in name
+
+
+def foreign_reason(processor: object, expected: bool) -> str | None:
+    """Why a processor is not taken over, or None where it can be, or where no IP-Adapter's is expected."""
     kind = type(processor)
-    if kind in FUSED or kind in STOCK or not is_adapter(processor):
+    if kind in FUSED or _ours(processor) is not None or not (expected or is_adapter(processor)):
         return None
-    return f"processor {kind.__name__}: not one of diffusers' own classes, which alone are taken over"
+    lift = "load_ip_adapter, or set_attn_processor with diffusers' own, lifts this"
+    return f"processor {kind.__name__}: not one of diffusers' IP-Adapter classes, which alone are taken over; {lift}"
 
 
 def layer_plan(
     attn: Attention, processor: object, impl: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[str, list[str]]:
     """("triton", "eager" or "stock", why not the kernel) for a layer, as far as it is known before there are inputs."""
-    foreign = foreign_reason(processor)
+    foreign = foreign_reason(processor, expected=True)
     if foreign is not None:
         return "stock", [foreign]
-    kind = STOCK.get(type(processor), type(processor))
+    ours = _ours(processor)
+    kind = type(processor) if ours is None else STOCK[ours]
     fallback = "eager" if FUSED[kind].eager_is_exact else "stock"
     if impl == "eager":
         return fallback, ['impl="eager"']
