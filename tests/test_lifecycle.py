@@ -744,5 +744,5 @@ def test_a_unet_that_takes_no_ip_adapters_is_refused_by_name() -> None:
         down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
     )  # fmt: skip
     for function in (ipa_kernels.enable, ipa_kernels.explain):
-        with pytest.raises(TypeError, match="UNet2DConditionModel, UNetMotionModel.*got UNet3DConditionModel"):
+        with pytest.raises(TypeError, match=r"UNet2DConditionModel, UNetMotionModel.*got UNet3DConditionModel"):
             function(unet)
