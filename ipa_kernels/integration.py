@@ -29,7 +29,7 @@ def enable(target: Any, *, impl: str = "auto", cache: bool = True) -> Report:
         impl: "auto" is the kernel where it runs, else eager attention, which is bit for bit stock's; each distinct reason warns
             once (`ipa_kernels.FallbackWarning`). "triton" never falls back. "eager" never uses the kernel.
         cache: whether to keep what is constant during a generation: keys, values, image tokens, mask vectors. An edit through
-            `weight.data` in the middle of a generation is not seen; every other change is, and this one between generations.
+            `.data` or a NumPy view in the middle of a generation is not seen; any other is, and these between generations.
 
     Returns:
         A `Report` of what is planned, layer by layer.
