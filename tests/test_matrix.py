@@ -89,7 +89,7 @@ def test_the_matrix_is_as_large_as_it_says() -> None:
     )
 
 
-@pytest.mark.parametrize(("kind", "names"), zip(BUILDERS, cycle(SETS), strict=False), ids=str)
+@pytest.mark.parametrize(("kind", "names"), list(zip(BUILDERS, cycle(SETS), strict=False)), ids=str)
 def test_the_kernel_in_every_pipeline_and_with_every_adapter(kind: str, names: tuple[str, ...]) -> None:
     through_the_kernel(kind, names, Control(masks=CONTROLS["mask for the last alone"].masks))
 
