@@ -209,7 +209,7 @@ def _is_recorded() -> bool:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor's identity and version tell what is in it."""
-    return type(tensor) is Tensor and not tensor.is_inference() and not tensor.requires_grad
+    return type(tensor) is Tensor and not (tensor.is_meta or tensor.is_inference() or tensor.requires_grad)
 
 
 def state_of(modules: Iterable[nn.Module], known: Callable[[nn.Module], State | None]) -> State | None:

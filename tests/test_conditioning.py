@@ -16,9 +16,9 @@ from ipa_kernels import conditioning, tiny
 
 from .zoo.adapters import FACE_DIM, HIDDEN_TOKENS, seeded, set_face_embeddings
 from .zoo.controls import CONTROLS, Control, binary
-from .zoo.generate import generate, target
+from .zoo.generate import FRAMES, generate, target
 from .zoo.life import OPERATIONS, Life
-from .zoo.pipelines import BUILDERS, build
+from .zoo.pipelines import BUILDERS, KOLORS_TEXT_DIM, build
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2"
 
@@ -647,3 +647,26 @@ def test_a_recorded_step_holds_no_remembered_values() -> None:
             expected = step(other)
             assert not torch.allclose(expected, step(scene.text))
             torch.testing.assert_close(recorded(other), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sd", "kolors", "animatediff"])
+def test_a_step_without_data(kind: str) -> None:
+    """On the meta device, as counters of operations and planners of memory run a model."""
+    pipe = build(kind, ("base",))
+    unet = pipe.unet.to("meta")
+    rows = 2 * (FRAMES if kind == "animatediff" else 1)
+    frames = (FRAMES,) if kind == "animatediff" else ()
+    width = KOLORS_TEXT_DIM if kind == "kolors" else tiny.CROSS_ATTENTION_DIM
+    added = {"image_embeds": [torch.empty(2, 1, tiny.IMAGE_EMBED_DIM, device="meta")]}
+    if kind == "kolors":
+        added |= {
+            "text_embeds": torch.empty(2, tiny.IMAGE_EMBED_DIM, device="meta"),
+            "time_ids": torch.empty(2, 6, device="meta"),
+        }
+    ipa_kernels.enable(unet)
+    for time in (5, 4):
+        with torch.no_grad():
+            sample = torch.empty(2, 4, *frames, 8, 8, device="meta")
+            text = torch.empty(rows, 77, width, device="meta")
+            assert unet(sample, time, text, added_cond_kwargs=added).sample.shape == sample.shape
+    assert ipa_kernels.explain(unet).cache.hits == 0
