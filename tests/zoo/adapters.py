@@ -36,16 +36,9 @@ def full(unet: Any, seed: int) -> Checkpoint:
 
 def faceid(unet: Any, seed: int) -> Checkpoint:
     """FaceID: 4 tokens from the embedding of a face recogniser, and a LoRA on every attention of the UNet."""
-    random, width = tiny.Random(seed), tiny.CROSS_ATTENTION_DIM
-    projection = {
-        "proj.0.weight": random(2 * FACE_DIM, FACE_DIM),
-        "proj.0.bias": random(2 * FACE_DIM),
-        "proj.2.weight": random(4 * width, 2 * FACE_DIM),
-        "proj.2.bias": random(4 * width),
-        "norm.weight": 1 + random(width),
-        "norm.bias": random(width),
-    }
-    return {"image_proj": projection, "ip_adapter": tiny.attention_weights(unet, random) | lora_weights(unet, random)}
+    random = tiny.Random(seed)
+    weights = tiny.attention_weights(unet, random) | lora_weights(unet, random)
+    return {"image_proj": face_tokens(random), "ip_adapter": weights}
 
 
 def faceid_plus(unet: Any, seed: int) -> Checkpoint:
@@ -61,15 +54,23 @@ def faceid_plus(unet: Any, seed: int) -> Checkpoint:
         **tiny.resampler_layers(random, width),
     }
     projection = {
+        **face_tokens(random),
+        **{f"perceiver_resampler.{name}": weight for name, weight in resampler.items()},
+    }
+    return {"image_proj": projection, "ip_adapter": tiny.attention_weights(unet, random)}
+
+
+def face_tokens(random: Any) -> dict[str, Tensor]:
+    """Two layers that make 4 tokens of the embedding of a face recogniser."""
+    width = tiny.CROSS_ATTENTION_DIM
+    return {
         "proj.0.weight": random(2 * FACE_DIM, FACE_DIM),
         "proj.0.bias": random(2 * FACE_DIM),
         "proj.2.weight": random(4 * width, 2 * FACE_DIM),
         "proj.2.bias": random(4 * width),
         "norm.weight": 1 + random(width),
         "norm.bias": random(width),
-        **{f"perceiver_resampler.{name}": weight for name, weight in resampler.items()},
     }
-    return {"image_proj": projection, "ip_adapter": tiny.attention_weights(unet, random)}
 
 
 def lora_weights(unet: Any, random: Any, rank: int = 2) -> dict[str, Tensor]:

@@ -1,0 +1,84 @@
+"""Calls that only diffusers' own code may run: each reason in one line, with what would lift it."""
+
+from itertools import chain
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+
+def unusual(
+    processor: Any, attn: Attention, hidden_states: Tensor, states: Any, attention_mask: Tensor | None, masks: Any
+) -> list[str]:
+    """Why only the replaced class may run a call; every check is one that costs nothing."""
+    reasons = _unusual_attention(attn)
+    if attention_mask is not None:
+        reasons.append("attention_mask: only diffusers' own code takes one; leaving encoder_attention_mask out lifts this")
+    if hidden_states.ndim != 3:
+        reasons.append(f"hidden_states: got {hidden_states.ndim} dimensions; [batch, queries, channels] lifts this")
+    if not _is_pair(states):
+        pair = "added_cond_kwargs={'image_embeds': [...]} of the UNet lifts this"
+        return [*reasons, f"encoder_hidden_states: not a pair of text and a list of image tokens; {pair}"]
+    text, images = states
+    if len(images) != len(processor.to_k_ip) or not isinstance(processor.scale, list) or len(processor.scale) != len(images):
+        count = f"got {len(images)} for {len(processor.to_k_ip)} adapters with scales {processor.scale}"
+        return [*reasons, f"image inputs: {count}; one entry for each adapter lifts this"]
+    if any(state.ndim not in (3, 4) for state in images):
+        reasons.append("image tokens: not three or four dimensions; [batch, images, tokens, channels] lifts this")
+    batches = {hidden_states.shape[0], text.shape[0], *(state.shape[0] for state in images)}
+    if len(batches) > 1:
+        got = f"diffusers folds different ones, got {sorted(batches)}"
+        reasons.append(f"batch sizes of queries, text and images: {got}; equal ones lift this")
+    reasons += _unusual_masks(processor.scale, masks, images, hidden_states.shape[0])
+    if torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in chain((hidden_states, text, *images), attn.parameters())
+    ):
+        reasons.append("gradient: the kernel has no backward yet; torch.no_grad() lifts this")
+    return reasons
+
+
+def _unusual_masks(scales: list[Any], masks: Any, images: list[Tensor], batch: int) -> list[str]:
+    """Masks or scales for which diffusers raises, or that it broadcasts in its own way."""
+    if masks is None:
+        masks = [None] * len(images)
+    elif not isinstance(masks, list) or len(masks) != len(images):
+        return ["ip_adapter_masks: diffusers reads it in its own way; a list with one entry for each adapter lifts this"]
+    for scale, mask, state in zip(scales, masks, images, strict=True):
+        numbers = scale if isinstance(scale, list) else [scale]
+        if any(type(s) not in (int, float) for s in numbers):
+            return [f"adapter scale: got {scale!r}; a number, or a list of numbers, lifts this"]
+        if mask is None:
+            if isinstance(scale, list) and any(s != 0 for s in scale):
+                return ["adapter scales per image: ip_adapter_masks for the images lift this"]
+            continue
+        if not isinstance(mask, Tensor) or mask.ndim != 4 or state.ndim != 4 or mask.shape[1] != state.shape[1]:
+            return ["ip_adapter_masks: a tensor [1, images, height, width] for each adapter lifts this"]
+        if mask.shape[0] not in (1, batch) or (isinstance(scale, list) and len(scale) != mask.shape[1]):
+            got = f"got {list(mask.shape)} for a batch of {batch} with scale {scale!r}"
+            return [f"ip_adapter_masks: {got}; one row or a row per batch row, and a scale per image, lift this"]
+    return []
+
+
+def _unusual_attention(attn: Attention) -> list[str]:
+    """Parts of an Attention that no UNet with an IP-Adapter has, and that only the replaced class honours."""
+    parts = {
+        "spatial_norm": attn.spatial_norm is not None,
+        "group_norm": attn.group_norm is not None,
+        "norm_cross": bool(attn.norm_cross),
+        "residual_connection": bool(attn.residual_connection),
+        "rescale_output_factor": attn.rescale_output_factor != 1,
+    }
+    return [f"attention with {part}: only diffusers' own code honours it" for part, there in parts.items() if there]
+
+
+def _is_pair(states: Any) -> bool:
+    """Whether this is (text, [image tokens, ...]), which is what a UNet with an IP-Adapter passes."""
+    return (
+        isinstance(states, tuple)
+        and len(states) == 2
+        and isinstance(states[0], Tensor)
+        and states[0].ndim == 3
+        and isinstance(states[1], list | tuple)
+        and all(isinstance(state, Tensor) for state in states[1])
+    )
