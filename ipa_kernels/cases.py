@@ -39,6 +39,12 @@ class Inputs:
         positional = (self.query, self.key, self.value, self.image_keys, self.image_values)
         return positional, {"image_scales": self.image_scales, "image_masks": self.image_masks}
 
+    @property
+    def bytes(self) -> int:
+        """Of every tensor once. With the size of the query once more, for the output: the least that an attention moves."""
+        tensors = (self.query, self.key, self.value, *self.image_keys, *self.image_values, self.image_scales, *self.image_masks)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -52,6 +58,11 @@ class Case:
     images: tuple[int, ...] = (4,)
     masked: bool = False
     batch: int = 2
+
+    @property
+    def flops(self) -> int:
+        """Useful floating-point operations: a multiply and an add for Q·Kᵗ and for P·V, per query, key and channel."""
+        return 4 * self.batch * self.heads * self.queries * self.head_dim * (self.text + sum(self.images))
 
     def small(self) -> "Case":
         """The same structure on two heads and 99 queries: what fits an interpreter."""

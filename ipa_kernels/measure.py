@@ -1,6 +1,7 @@
-"""The measuring core: interleaved timing, medians, facts about the machine. torch only.
+"""The measuring core: interleaved wall time, medians, facts about the machine. torch only.
 
-A time on its own says little, so candidates are timed in turns within one run and compared as ratios of medians.
+A time on its own says little, so candidates are timed in turns within one run and compared as ratios of medians. Wall time is
+what a caller waits for, launches included; `replay` measures the time of the device alone.
 """
 
 import platform
@@ -9,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall time of one call in seconds: median, 20th and 80th percentile, and how many calls were timed."""
+    """Seconds of one call: median, 20th and 80th percentile, and how many samples were taken."""
 
     median: float
     p20: float
@@ -27,9 +29,11 @@ class Timing:
 
 
 def interleaved(candidates: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = 30) -> dict[str, Timing]:
-    """Time every candidate once per round, in turns, after two rounds of warming up; the device is waited for each time."""
-    if rounds < 1:
-        raise ValueError(f"rounds: expected at least 1, got {rounds}")
+    """Wall time: every candidate once per round, in turns, after two rounds of warming up; each time the device is waited for.
+
+    Raises ValueError for fewer than one round.
+    """
+    check_rounds(rounds)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for round_ in range(-2, rounds):
         for name, call in candidates.items():
@@ -39,11 +43,12 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], device: torch.de
             _wait(device)
             if round_ >= 0:
                 times[name].append(time.perf_counter() - start)
-    return {name: _timing(seconds) for name, seconds in times.items()}
+    return {name: timing(seconds) for name, seconds in times.items()}
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
     """What a result needs beside it to be compared with another: device, driver, versions, commit."""
+    package = Path(__file__).parent
     facts: dict[str, Any] = {
         "device": device.type,
         "processor": platform.processor() or platform.machine(),
@@ -53,16 +58,35 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "triton": _version("triton"),
         "diffusers": _version("diffusers"),
         "ipa_kernels": _version("ipa-kernels"),
-        "commit": _output("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"),
+        "commit": _output("git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
+        "source": _digest(package),
     }
     if device.type == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name(device)
+        properties = torch.cuda.get_device_properties(device)
+        facts["gpu"] = properties.name
+        facts["capability"] = f"{properties.major}.{properties.minor}"
+        facts["multiprocessors"] = properties.multi_processor_count
+        facts["l2_bytes"] = properties.L2_cache_size
+        facts["memory_bytes"] = properties.total_memory
         facts["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         facts["cuda"] = torch.version.cuda or torch.version.hip
     return facts
 
 
-def _timing(seconds: list[float]) -> Timing:
+def first_line(error: BaseException) -> str:
+    """Of what an exception says, with its type, at most 200 characters."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+def check_rounds(rounds: int) -> None:
+    """Raise ValueError for fewer than one."""
+    if rounds < 1:
+        raise ValueError(f"rounds: expected at least 1, got {rounds}")
+
+
+def timing(seconds: list[float]) -> Timing:
+    """The statistics of samples in seconds."""
     ordered = sorted(seconds)
     p20, p80 = ordered[len(ordered) // 5], ordered[(len(ordered) * 4) // 5]
     return Timing(statistics.median(ordered), p20, p80, len(ordered))
@@ -78,6 +102,14 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _digest(package: Path) -> str:
+    """Of the package's source: names the code where there is no git, or where it was edited since the commit."""
+    digest = sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _output(*command: str) -> str | None:

@@ -75,30 +75,36 @@ def stable_diffusion_xl(seed: int = 0) -> Any:
     )
 
 
-def base_adapter(unet: Any, seed: int = 0) -> dict[str, dict[str, Tensor]]:
+def base_adapter(unet: Any, seed: int = 0, image_dim: int = IMAGE_EMBED_DIM) -> dict[str, dict[str, Tensor]]:
     """The checkpoint of a base IP-Adapter: 4 image tokens from one linear projection of the pooled embedding."""
-    random = Random(seed)
+    random = Random(seed, unet.device)
+    text_dim = unet.config.cross_attention_dim
     projection = {
-        "proj.weight": random(4 * CROSS_ATTENTION_DIM, IMAGE_EMBED_DIM),
-        "proj.bias": random(4 * CROSS_ATTENTION_DIM),
-        "norm.weight": 1 + random(CROSS_ATTENTION_DIM),
-        "norm.bias": random(CROSS_ATTENTION_DIM),
+        "proj.weight": random(4 * text_dim, image_dim),
+        "proj.bias": random(4 * text_dim),
+        "norm.weight": 1 + random(text_dim),
+        "norm.bias": random(text_dim),
     }
     return {"image_proj": projection, "ip_adapter": attention_weights(unet, random)}
 
 
-def plus_adapter(unet: Any, seed: int = 0, tokens: int = 16) -> dict[str, dict[str, Tensor]]:
-    """The checkpoint of an IP-Adapter Plus: `tokens` image tokens from a four-layer resampler over the hidden states."""
-    random = Random(seed)
-    width = 64
+def plus_adapter(
+    unet: Any, seed: int = 0, tokens: int = 16, image_dim: int = IMAGE_EMBED_DIM, width: int = 64
+) -> dict[str, dict[str, Tensor]]:
+    """The checkpoint of an IP-Adapter Plus: `tokens` image tokens from a four-layer resampler over the hidden states.
+
+    width: of the resampler, a multiple of the 64 channels of its heads.
+    """
+    random = Random(seed, unet.device)
+    text_dim = unet.config.cross_attention_dim
     projection = {
         "latents": random(1, tokens, width),
-        "proj_in.weight": random(width, IMAGE_EMBED_DIM),
+        "proj_in.weight": random(width, image_dim),
         "proj_in.bias": random(width),
-        "proj_out.weight": random(CROSS_ATTENTION_DIM, width),
-        "proj_out.bias": random(CROSS_ATTENTION_DIM),
-        "norm_out.weight": 1 + random(CROSS_ATTENTION_DIM),
-        "norm_out.bias": random(CROSS_ATTENTION_DIM),
+        "proj_out.weight": random(text_dim, width),
+        "proj_out.bias": random(text_dim),
+        "norm_out.weight": 1 + random(text_dim),
+        "norm_out.bias": random(text_dim),
         **resampler_layers(random, width),
     }
     return {"image_proj": projection, "ip_adapter": attention_weights(unet, random)}
@@ -113,11 +119,11 @@ def load(pipe: Any, *adapters: dict[str, dict[str, Tensor]]) -> None:
 class Random:
     """Random weights, scaled by their fan-in so that activations keep their size."""
 
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
+        self.generator = torch.Generator(device).manual_seed(seed)
 
     def __call__(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator) / math.sqrt(shape[-1])
+        return torch.randn(*shape, generator=self.generator, device=self.generator.device) / math.sqrt(shape[-1])
 
 
 def attention_weights(unet: Any, random: Random) -> dict[str, Tensor]:
@@ -126,7 +132,8 @@ def attention_weights(unet: Any, random: Random) -> dict[str, Tensor]:
     cross = [name for name in unet.attn_processors if name.endswith("attn2.processor") and "motion_modules" not in name]
     for i, name in enumerate(cross):
         attention = unet.get_submodule(name.removesuffix(".processor"))
-        blank = IPAdapterAttnProcessor2_0(attention.inner_dim, attention.cross_attention_dim).state_dict()
+        with torch.device("meta"):
+            blank = IPAdapterAttnProcessor2_0(attention.inner_dim, attention.cross_attention_dim).state_dict()
         for kind in ("to_k_ip", "to_v_ip"):
             weights[f"{2 * i + 1}.{kind}.weight"] = random(*blank[f"{kind}.0.weight"].shape)
     return weights
@@ -139,9 +146,9 @@ def resampler_layers(random: Random, width: int) -> dict[str, Tensor]:
         for norm in (f"layers.{i}.0.norm1", f"layers.{i}.0.norm2", f"layers.{i}.1.0"):
             layers |= {f"{norm}.weight": 1 + random(width), f"{norm}.bias": random(width)}
         layers |= {
-            f"layers.{i}.0.to_q.weight": random(64, width),
-            f"layers.{i}.0.to_kv.weight": random(128, width),
-            f"layers.{i}.0.to_out.weight": random(width, 64),
+            f"layers.{i}.0.to_q.weight": random(width, width),
+            f"layers.{i}.0.to_kv.weight": random(2 * width, width),
+            f"layers.{i}.0.to_out.weight": random(width, width),
             f"layers.{i}.1.1.weight": random(4 * width, width),
             f"layers.{i}.1.3.weight": random(width, 4 * width),
         }
