@@ -75,9 +75,11 @@ def stable_diffusion_xl(seed: int = 0) -> Any:
     )
 
 
-def base_adapter(unet: Any, seed: int = 0, image_dim: int = IMAGE_EMBED_DIM) -> dict[str, dict[str, Tensor]]:
+def base_adapter(
+    unet: Any, seed: int = 0, image_dim: int = IMAGE_EMBED_DIM, device: torch.device | str = "cpu"
+) -> dict[str, dict[str, Tensor]]:
     """The checkpoint of a base IP-Adapter: 4 image tokens from one linear projection of the pooled embedding."""
-    random = Random(seed, unet.device)
+    random = Random(seed, device)
     text_dim = unet.config.cross_attention_dim
     projection = {
         "proj.weight": random(4 * text_dim, image_dim),
@@ -89,13 +91,18 @@ def base_adapter(unet: Any, seed: int = 0, image_dim: int = IMAGE_EMBED_DIM) -> 
 
 
 def plus_adapter(
-    unet: Any, seed: int = 0, tokens: int = 16, image_dim: int = IMAGE_EMBED_DIM, width: int = 64
+    unet: Any,
+    seed: int = 0,
+    tokens: int = 16,
+    image_dim: int = IMAGE_EMBED_DIM,
+    width: int = 64,
+    device: torch.device | str = "cpu",
 ) -> dict[str, dict[str, Tensor]]:
     """The checkpoint of an IP-Adapter Plus: `tokens` image tokens from a four-layer resampler over the hidden states.
 
     width: of the resampler, a multiple of the 64 channels of its heads.
     """
-    random = Random(seed, unet.device)
+    random = Random(seed, device)
     text_dim = unet.config.cross_attention_dim
     projection = {
         "latents": random(1, tokens, width),

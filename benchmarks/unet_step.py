@@ -1,0 +1,212 @@
+"""A step of a whole UNet in the middle of a generation: stock against enabled, with no adapter, one and three, masked and not.
+
+    python -m benchmarks.unet_step [--device cuda] [--model sd15 sdxl] [--modes eager compiled] [--json FILE]
+
+Architectures are the real ones, weights are random (`unet_models`). All candidates of a model share one set of weights and take
+turns in one run; each has modules of its own, so that nothing is switched between calls. Wall time of the whole step, launches
+and, for stock, masks on the CPU included. Before that, the results of a step that is not the first are compared:
+
+float64  where the weights fit in float64: the enabled step's root mean square distance from the float64 step is at most 1.25
+         times the stock step's (attention is a small part of a UNet's rounding: the two errors are nearly the same noise)
+stock    elsewhere: relative distance to the stock step at most 2e-2 in float16, 1e-1 in bfloat16, 1e-4 in float32
+
+A variant outside of its bound is reported and not timed.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+from torch import Tensor
+
+import ipa_kernels
+from ipa_kernels.measure import first_line, interleaved, machine_facts
+
+from .unet_models import MODELS, Inputs, Model, build, clone, load
+
+VARIANTS = {"none": (0, False), "one": (1, False), "one masked": (1, True), "three": (3, False), "three masked": (3, True)}
+"""Adapters (one: base, 4 tokens; three: Plus, 16 tokens each), and whether each has a mask."""
+
+SLACK = 1.25
+RELATIVE = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float32: 1e-4}
+
+
+class Candidate:
+    """One way to run a variant. Called again and again it goes through the steps of a generation."""
+
+    def __init__(self, variant: str, enabled: bool, compiled: bool, base: Any, inputs: Inputs) -> None:
+        self.variant = variant
+        self.state = "enabled" if enabled else "stock"
+        self.mode = "compiled" if compiled else "eager"
+        self.unet = clone(base)
+        if enabled:
+            ipa_kernels.enable(self.unet)
+        self.module: Any = torch.compile(self.unet) if compiled else self.unet
+        self.inputs = inputs
+        self.steps = itertools.count()
+
+    @property
+    def name(self) -> str:
+        """The name of its row."""
+        return f"{self.variant}, {self.state}, {self.mode}"
+
+    def __call__(self) -> Tensor:
+        return self.inputs.step(self.module, next(self.steps))
+
+    def row(self) -> dict[str, Any]:
+        """What it is, and what its layers ran according to `explain`."""
+        row: dict[str, Any] = {"variant": self.variant, "state": self.state, "mode": self.mode, "reason": None, "seconds": None}
+        report = ipa_kernels.explain(self.unet)
+        if self.state == "enabled" and report.layers:
+            row["layers"] = {"triton": report.triton, "eager": report.eager, "stock": report.stock}
+            row["why not the kernel"] = sorted({layer.reason for layer in report.layers if layer.reason})
+        return row
+
+
+def gate(actual: Tensor, expected: Tensor, truth: Tensor | None) -> dict[str, Any]:
+    """Whether an enabled step is as good as a stock one, and the numbers that say so; never where it is NaN."""
+    equal = torch.equal(actual, expected)
+    if truth is None:
+        distance = _rms(actual.double() - expected.double()) / _rms(expected.double())
+        bound = RELATIVE[actual.dtype]
+        return {"within": equal or distance <= bound, "equal": equal, "relative to stock": distance, "bound": bound}
+    ours, stock = _rms(actual.double() - truth), _rms(expected.double() - truth)
+    return {"within": equal or ours <= SLACK * stock, "equal": equal, "rms": ours, "stock_rms": stock}
+
+
+def in_float64(base: Any, inputs: Inputs, step: int) -> Tensor | None:
+    """The truth, by stock's code; None where its weights do not fit beside the rest."""
+    size = 8 * sum(parameter.numel() for parameter in base.parameters())
+    if base.device.type == "cuda" and torch.cuda.mem_get_info(base.device)[0] < 3 * size:
+        return None
+    return inputs.double().step(copy.deepcopy(base).double(), step)
+
+
+def measure_model(
+    model: Model,
+    variants: list[str],
+    modes: list[str],
+    dtype: torch.dtype,
+    device: torch.device,
+    rounds: int,
+    compile_seconds: float,
+) -> list[dict[str, Any]]:
+    """One row per candidate: the gate, then the times of all that passed it, in turns."""
+    plain = build(model, dtype, device)
+    rows: dict[str, dict[str, Any]] = {}
+    runs: dict[str, Callable[[], object]] = {}
+    spent = 0.0
+    with_adapters: dict[int, Any] = {}
+    for variant in variants:
+        adapters, masked = VARIANTS[variant]
+        if adapters not in with_adapters:
+            with_adapters[adapters] = clone(plain)
+            load(with_adapters[adapters], model, adapters)
+        base = with_adapters[adapters]
+        inputs = Inputs(model, adapters, masked, dtype, device)
+        truth = in_float64(base, inputs, 1) if adapters else None
+        expected: Tensor | None = None
+        for mode, enabled in itertools.product(modes, (False, True) if adapters else (False,)):
+            candidate = Candidate(variant, enabled, mode == "compiled", base, inputs)
+            if mode == "compiled" and spent > compile_seconds:
+                rows[candidate.name] = candidate.row() | {
+                    "reason": f"not compiled: the {compile_seconds:.0f} s for that are over"
+                }
+                continue
+            start = time.perf_counter()
+            try:
+                candidate()
+                out = candidate()
+            except Exception as error:  # what cannot be compiled is a result
+                rows[candidate.name] = candidate.row() | {"reason": first_line(error), "within": False}
+                continue
+            spent += (time.perf_counter() - start) * (mode == "compiled")
+            expected = out if expected is None else expected
+            rows[candidate.name] = row = candidate.row()
+            if enabled:
+                row |= gate(out, expected, truth)
+                if not row["within"]:
+                    row["reason"] = "not timed: outside the error budget"
+                    continue
+            runs[candidate.name] = candidate
+    for name, timing in interleaved(runs, device, rounds).items():
+        rows[name]["seconds"] = asdict(timing)
+    return list(rows.values())
+
+
+def key_ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Seconds over seconds, of what was measured: an adapter against none, enabled against stock with the same adapters."""
+    seconds = {(row["variant"], row["state"], row["mode"]): row["seconds"]["median"] for row in rows if row["seconds"]}
+    found = {}
+    for (variant, state, mode), median in seconds.items():
+        if state != "enabled":
+            continue
+        for base, label in (("none", "stock with no adapter"), (variant, f"stock with {variant}")):
+            if (base, "stock", mode) in seconds:
+                found[f"{mode}: enabled with {variant} / {label}"] = median / seconds[base, "stock", mode]
+    return found
+
+
+def main() -> int:
+    """Print a table per model; 1 if an enabled step is outside its error budget or cannot run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="float16 on a GPU, float32 on a CPU")
+    parser.add_argument("--model", nargs="+", choices=list(MODELS), help="default: sd15 and sdxl on a GPU, tiny on a CPU")
+    parser.add_argument("--adapters", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager"])
+    parser.add_argument("--compile-seconds", type=float, default=600, help="begin no compilation after so many spent on them")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--json", type=Path, help="write facts about the machine and one row per candidate, after each model")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    dtype = getattr(torch, arguments.dtype or ("float16" if device.type == "cuda" else "float32"))
+    # the rows say what ran and why
+    warnings.simplefilter("ignore", ipa_kernels.FallbackWarning)
+    logging.set_verbosity_error()
+    # every candidate is compiled for itself
+    torch._dynamo.config.recompile_limit = 64
+
+    facts = machine_facts(device)
+    print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None))
+    document: dict[str, Any] = {"benchmark": "unet_step", "machine": facts, "dtype": str(dtype), "models": {}}
+    for name in arguments.model or (["sd15", "sdxl"] if device.type == "cuda" else ["tiny"]):
+        with torch.no_grad():
+            rows = measure_model(
+                MODELS[name], arguments.adapters, arguments.modes, dtype, device, arguments.rounds, arguments.compile_seconds
+            )
+        document["models"][name] = {"rows": rows, "ratios": key_ratios(rows)}
+        print(_table(name, document["models"][name]), flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    rows = [row for entry in document["models"].values() for row in entry["rows"]]
+    return 0 if all(row.get("within", True) for row in rows) else 1
+
+
+def _table(name: str, entry: dict[str, Any]) -> str:
+    lines = [f"{name}: one step, batch 2"]
+    for row in entry["rows"]:
+        median = f"{1e3 * row['seconds']['median']:9.2f} ms" if row["seconds"] else f"{'-':>9}   "
+        layers = ", ".join(f"{count} {impl}" for impl, count in row.get("layers", {}).items() if count)
+        notes = "; ".join(filter(None, [row["reason"], layers, *row.get("why not the kernel", [])]))
+        lines.append(f"  {row['variant']:13} {row['state']:8} {row['mode']:9} {median}  {notes}")
+    lines += [f"  {label}: {ratio:.3f}" for label, ratio in entry["ratios"].items()]
+    return "\n".join(lines)
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.square().mean().sqrt())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
