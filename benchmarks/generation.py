@@ -283,7 +283,8 @@ def main() -> int:
             models.setdefault(model, {})[variant] = {"rows": rows}
             print(_line(variant, rows, models[model][variant]), flush=True)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": facts, "small": small, "models": models}, indent=1) + "\n")
+        document = {"benchmark": "generation", "machine": facts, "small": small, "models": models}
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     rows = [row for variants in models.values() for entry in variants.values() for row in entry["rows"]]
     return 0 if all(row["within"] for row in rows) else 1
 
