@@ -4,7 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-gpu check format bench bench-micro compile-report clean
+# `make gpu` takes a PYTHON that is given as it is, with this source tree and no .venv; else .venv
+DEVICE ?= cuda
+ifeq ($(origin PYTHON),file)
+GPU_PYTHON := $(BIN)/python
+GPU_READY := $(READY)
+else
+GPU_PYTHON := $(PYTHON)
+endif
+
+.PHONY: help setup demo test test-gpu gpu check format bench bench-micro compile-report clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -31,6 +40,10 @@ test-gpu: $(READY) ## run the gpu-marked tests, and the kernel's tests in every 
 	@$(BIN)/python -m pytest -m gpu
 	@$(BIN)/python -m pytest -m 'not gpu' tests/test_kernel.py
 
+gpu: $(GPU_READY) ## a day with a GPU: tests, benchmarks, plots; make gpu OUT=folder [DEVICE=cpu] [PYTHON=python3]
+	@test -n "$(OUT)" || { echo "where to? make gpu OUT=folder"; exit 2; }
+	@$(GPU_PYTHON) -m benchmarks.gpu_day --device $(DEVICE) --out "$(OUT)"
+
 check: $(READY) ## format, lint, types, direction of imports
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -46,7 +59,7 @@ bench: $(READY) ## compare the attention core and a generation with stock, after
 	@$(BIN)/python -m benchmarks.generation
 
 bench-micro: $(READY) ## the micro-benchmarks that CI can track
-	@$(BIN)/python -m pytest tests/test_benchmarks.py --benchmark-only
+	@$(BIN)/python -m pytest tests/test_micro_benchmarks.py --benchmark-only
 
 compile-report: $(READY) ## compile the launch table for every GPU, without one, and count
 	@$(BIN)/python -m benchmarks.compile_report

@@ -15,7 +15,9 @@ P·V. Both are set against what the same card reached in the same run, on the co
 
 import argparse
 import json
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -191,6 +193,7 @@ def main() -> int:
     )
     parser.add_argument("--small", action="store_true", help="two heads and few queries: what an interpreter can run")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after so many; the rest is listed")
     parser.add_argument("--json", type=Path, help="write facts about the machine and one row per case, after each case")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -210,9 +213,14 @@ def main() -> int:
         "machine": facts,
         "ceilings": {name: limit.to_dict() for name, limit in limits.items()},
         "rows": [],
+        "not run": [],
     }
+    start = time.monotonic()
     with torch.no_grad():
         for place, case in chosen_cases(arguments, arguments.small or (arguments.sweep and device.type == "cpu")):
+            if time.monotonic() - start > arguments.seconds:
+                document["not run"].append(case.name)
+                continue
             try:
                 row = measure(case, dtype, device, arguments.impl, arguments.rounds, peers, limits)
             except Exception as error:  # the next case may still run
@@ -220,9 +228,16 @@ def main() -> int:
             row |= place
             document["rows"].append(row)
             print(_lines(case, row), flush=True)
-            if arguments.json:
-                arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+            _write(arguments.json, document)
+    if document["not run"]:
+        print(f"not run, {arguments.seconds:.0f} seconds were over: {', '.join(document['not run'])}")
+        _write(arguments.json, document)
     return 0 if all(row["within"] for row in document["rows"]) else 1
+
+
+def _write(path: Path | None, document: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _eager_peers() -> list[str]:
@@ -235,7 +250,7 @@ def _lines(case: Case, row: dict[str, Any]) -> str:
         f"{case.name}: {case.heads} heads of {case.head_dim}, {case.queries} queries, {keys} keys{', masked' * case.masked}"
     ]
     if not row["within"]:
-        lines.append(f"  not timed: outside the error budget, {_error(row, row)}")
+        lines.append(f"  not timed: {row.get('reason') or f'outside the error budget, {_error(row, row)}'}")
     for name, entry in row["candidates"].items():
         if entry["reason"] is not None:
             lines.append(f"  {name:15} {entry['reason']}")

@@ -152,7 +152,9 @@ def _ceilings(document: Document) -> str:
     for name, limit in document["ceilings"].items():
         unit, factor = ("GB/s", 1e-9) if name == "copy" else ("TFLOP/s", 1e-12)
         rows.append([name, f"{limit['rate'] * factor:.1f} {unit}", limit["clock"]])
-    return _table(["this machine, same run", "", "clock"], rows)
+    table = _table(["this machine, same run", "", "clock"], rows)
+    left = document["not run"]
+    return f"{table}\n\nNot run, its time was over: {', '.join(left)}." if left else table
 
 
 def _table(header: list[str], rows: Iterable[list[Any]]) -> str:

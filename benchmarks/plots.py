@@ -21,7 +21,7 @@ def plot(documents: list[Document], folder: Path) -> list[Path]:
         if not panels:
             continue
         tallest = max(height for height, _ in panels)
-        figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), tallest), squeeze=False, layout="constrained")
+        figure, axes = pyplot.subplots(1, len(panels), figsize=(8 * len(panels), tallest), squeeze=False, layout="constrained")
         for axis, (_, fill) in zip(axes[0], panels, strict=True):
             fill(axis)
         path = folder / f"{kind}.png"
@@ -79,11 +79,14 @@ def _sweep(document: Document) -> list[tuple[float, Any]]:
             for name in dict.fromkeys(name for row in rows for name in row["candidates"])
         }
 
-        def fill(axis: Axes, sweep: str = sweep, lines: dict[str, Any] = lines) -> None:
+        def fill(axis: Axes, sweep: str = sweep, lines: Any = lines, rows: Any = rows) -> None:
             for name, found in lines.items():
                 if found:
                     axis.plot(*zip(*found, strict=True), ".-", label=name)
             axis.set(xscale="log", yscale="log", xlabel=sweep, ylabel=f"microseconds, {clock} clock, {_machine(document)}")
+            ticks = [row["x"] for row in rows]
+            axis.set_xticks(ticks, ticks)
+            axis.set_xticks([], minor=True)
             axis.grid(visible=True, alpha=0.3)
             axis.legend(fontsize="small")
 

@@ -1,22 +1,25 @@
-"""The drivers run, gate first; one micro-benchmark that CI can track."""
+"""The drivers run, gate first; tables, plots and the day with a GPU are made of what they wrote."""
 
 import json
+import os
+import re
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
 import ipa_kernels
-from benchmarks import attention, generation
-from ipa_kernels import decoupled_attention, measure
+from benchmarks import attention, figures, generation, gpu_day, peers, sweeps, unet_models, unet_step
+from ipa_kernels import conditioning, decoupled_attention, reference, replay
 from ipa_kernels.cases import CASES
 
 CPU = torch.device("cpu")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr("sys.argv", ["attention", "--device", "cpu", "--small", "--rounds", "1", *arguments])
+    monkeypatch.setattr("sys.argv", ["attention", "--device", "cpu", "--small", "--rounds", "1", "--peers", "none", *arguments])
     return attention.main()
 
 
@@ -31,9 +34,23 @@ def test_the_attention_driver(
     assert all(case in printed for case in cases)
     result = json.loads(file.read_text())
     assert result["machine"]["torch"] == torch.__version__
+    assert len(result["rows"]) == len(cases)
     for row in result["rows"]:
         assert row["within"]
-        assert row["speedup"] == row["seconds"]["stock"]["median"] / row["seconds"]["ipa_kernels"]["median"]
+        ours, stock = (row["candidates"][name] for name in ("ipa_kernels", "stock"))
+        assert stock["warm"] is stock["cold"] is None
+        assert stock["no cold"] == "device cpu: has no CUDA graphs"
+        assert stock["bytes_per_second"] == row["bytes"] / stock["wall"]["median"]
+        assert stock["of_copy_rate"] == stock["bytes_per_second"] / result["ceilings"]["copy"]["rate"]
+        assert stock["flops_per_second"] == row["flops"] / stock["wall"]["median"]
+        if impl == "triton":
+            assert ours["reason"] == attention.INTERPRETED
+            assert ours["within"]
+            assert "wall" not in ours
+            assert row["ratios"] == {"wall": {}, "warm": {}, "cold": {}}
+        else:
+            assert row["ratios"]["wall"]["stock"] == stock["wall"]["median"] / ours["wall"]["median"]
+            assert row["ratios"]["cold"] == {}
 
 
 def test_a_red_gate_is_never_timed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,25 +60,105 @@ def test_a_red_gate_is_never_timed(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
     monkeypatch.setattr(attention, "decoupled_attention", joint)
     monkeypatch.setattr(attention, "interleaved", lambda *arguments: pytest.fail("timed behind a red gate"))
+    monkeypatch.setattr(attention, "device_times", lambda *arguments: pytest.fail("timed behind a red gate"))
     assert run(monkeypatch, "--cases", "sd15_512_head40") == 1
     assert "not timed: outside the error budget" in capsys.readouterr().out
 
 
-def test_candidates_take_turns() -> None:
-    order: list[str] = []
-    calls = {name: lambda name=name: order.append(name) for name in "ab"}
-    timings = measure.interleaved(calls, CPU, rounds=3)
-    assert order == ["a", "b"] * 5
-    assert all(timing.calls == 3 and timing.p20 <= timing.median <= timing.p80 for timing in timings.values())
-    with pytest.raises(ValueError, match="rounds: expected at least 1, got 0"):
-        measure.interleaved(calls, CPU, rounds=0)
+def test_a_case_that_raises_is_red_and_the_next_still_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def raises(query, *rest, **options):
+        if query.shape[-1] == 40:
+            raise RuntimeError("out of order\nand more")
+        return decoupled_attention(query, *rest, **options)
+
+    monkeypatch.setattr(attention, "decoupled_attention", raises)
+    file = tmp_path / "attention.json"
+    assert run(monkeypatch, "--cases", "sd15_512_head40", "sd15_512_head80", "--json", str(file)) == 1
+    red, green = json.loads(file.read_text())["rows"]
+    assert (red["within"], red["reason"]) == (False, "RuntimeError: out of order")
+    assert green["within"]
+    assert "not timed: RuntimeError: out of order" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["sdxl_1024_32x32", "sdxl_1024_32x32_three_masked"])
-def test_micro_benchmark(name: str, benchmark: BenchmarkFixture, device: torch.device) -> None:
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    positional, keywords = CASES[name].inputs(dtype, device).arguments()
-    benchmark(lambda: decoupled_attention(*positional, **keywords))
+def test_a_driver_without_time_lists_what_it_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "attention.json"
+    assert run(monkeypatch, "--cases", "sd15_512_head40", "--seconds", "-1", "--json", str(file)) == 0
+    document = json.loads(file.read_text())
+    assert document["rows"] == []
+    assert document["not run"] == ["sd15_512_head40_small"]
+    assert "Not run, its time was over: sd15_512_head40_small." in figures.report([document])
+
+
+def test_peers_compute_the_same_and_say_why_they_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises(query, key, value):
+        raise NotImplementedError(f"head dim {query.shape[-1]}")
+
+    def joint(query, key, value):
+        return peers.sdpa(query, key, value) * 1.01
+
+    monkeypatch.setitem(peers.PEERS, "raises", peers.Peer(lambda: raises))
+    monkeypatch.setitem(peers.PEERS, "missing", peers.Peer(lambda: pytest.fail("built"), package="no_such_package"))
+    monkeypatch.setitem(peers.PEERS, "narrow", peers.Peer(lambda: pytest.fail("built"), head_dims=32))
+    monkeypatch.setitem(peers.PEERS, "wrong", peers.Peer(lambda: joint))
+    names = ["sdpa_math", "sdpa_flash", "sdpa_cudnn", "raises", "missing", "narrow", "wrong"]
+    file = tmp_path / "attention.json"
+    assert run(monkeypatch, "--cases", "sdxl_1024_64x64_three_masked", "--peers", *names, "--json", str(file)) == 0
+    (row,) = json.loads(file.read_text())["rows"]
+    found = row["candidates"]
+    assert set(found) == {"stock", "ipa_kernels", *names}
+    assert found["raises"]["reason"] == "NotImplementedError: head dim 64"
+    assert found["missing"]["reason"] == "no_such_package: not installed"
+    assert found["narrow"]["reason"] == "head dim 64: torch takes at most 32"
+    assert "backend" in found["sdpa_cudnn"]["reason"]
+    assert found["sdpa_math"]["within"]
+    assert found["sdpa_flash"]["within"]
+    assert not found["wrong"]["within"], "a wrong peer went green"
+    assert found["wrong"]["wall"]["median"] > 0, "a peer outside the budget may be timed, marked"
+    backends = {name: found[name]["wall"]["median"] for name in ("sdpa_math", "sdpa_flash")}
+    best = min(backends, key=lambda name: backends[name])
+    assert row["ratios"]["wall"]["best_sdpa_is"] == best
+    assert row["ratios"]["wall"]["best_sdpa"] == backends[best] / found["ipa_kernels"]["wall"]["median"]
+
+
+def test_masks_and_scales_of_peers_are_those_of_the_inputs() -> None:
+    inputs = CASES["sdxl_1024_64x64_three_masked"].small().inputs(torch.float64)
+    out = peers.bind(peers.stock_order, peers.sdpa, inputs)()
+    positional, keywords = inputs.arguments()
+    expected = reference.decoupled_attention(*positional, **keywords)
+    torch.testing.assert_close(out, expected.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(peers.PEERS))
+def test_a_peer_on_a_gpu(name: str) -> None:
+    """Whoever runs is captured and measured cold and warm; whoever does not says why."""
+    device = torch.device("cuda")
+    limits = replay.ceilings(torch.float16, device, rounds=2)
+    with torch.no_grad():
+        row = attention.measure(CASES["sdxl_1024_32x32_three_masked"], torch.float16, device, "triton", 3, [name], limits)
+    assert row["within"], row
+    for entry in row["candidates"].values():
+        assert entry["reason"] or (entry["cold"]["median"] > 0 and entry["warm"]["median"] > 0), entry
+    assert row["ratios"]["cold"]["stock"] > 0
+    assert row["sets"] * row["bytes"] > replay.CACHE_MARGIN * (replay.cache_bytes(device) or 0)
+
+
+def test_the_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grown = sweeps.sweeps(small=False)
+    assert [x for x, _ in grown["queries"]] == [64, 256, 1024, 4096, 16384]
+    for tokens in (4, 16):
+        assert [case.images for _, case in grown[f"adapters of {tokens} tokens"]][-1] == (tokens,) * 8
+    assert {case.images for _, case in grown["image tokens"]} >= {(4,), (1024,)}
+    assert all((case.heads, case.head_dim) == (10, 64) for row in grown.values() for _, case in row)
+    file = tmp_path / "sweep.json"
+    monkeypatch.setattr(sweeps, "QUERIES", (8, 16))
+    monkeypatch.setattr(sweeps, "SMALL_QUERIES", 16)
+    assert run(monkeypatch, "--sweep", "--json", str(file)) == 0
+    document = json.loads(file.read_text())
+    assert document["benchmark"] == "sweep"
+    assert [row["x"] for row in document["rows"] if row["sweep"] == "queries"] == [8, 16]
 
 
 def test_operations_per_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,3 +190,172 @@ def test_the_generation_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert set(result["models"]["toy"]) == set(generation.VARIANTS)
     printed = capsys.readouterr().out
     assert "toy: cross-attention of 3 layers" in printed
+
+
+def test_clones_share_weights_and_nothing_else() -> None:
+    plain = unet_models.build(unet_models.MODELS["tiny"], torch.float32, CPU)
+    loaded = unet_models.clone(plain)
+    unet_models.load(loaded, unet_models.MODELS["tiny"], 3)
+    enabled = unet_models.clone(loaded)
+    ipa_kernels.enable(enabled)
+    assert plain.config.encoder_hid_dim_type is None
+    assert len(list(loaded.parameters())) > len(list(plain.parameters()))
+    assert all(a is b for a, b in zip(loaded.parameters(), enabled.parameters(), strict=True))
+    assert not ipa_kernels.explain(loaded).enabled
+    assert {processor.scale[2] for name, processor in loaded.attn_processors.items() if "attn2" in name} == {unet_models.SCALE}
+
+
+@pytest.mark.parametrize(("name", "layers", "millions"), [("sd15", 16, 859.5), ("sdxl", 70, 2567.5)])
+def test_the_architectures_are_the_real_ones(name: str, layers: int, millions: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for draw in ("kaiming_uniform_", "uniform_", "ones_", "zeros_"):
+        monkeypatch.setattr(torch.nn.init, draw, lambda tensor, *arguments, **options: tensor)
+    unet = unet_models.build(unet_models.MODELS[name], torch.float16, torch.device("meta"))
+    assert sum("attn2" in processor for processor in unet.attn_processors) == layers
+    assert round(sum(parameter.numel() for parameter in unet.parameters()) / 1e6, 1) == millions
+    assert unet.dtype == torch.float16
+
+
+def test_the_unet_step_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    entered = []
+    follows = conditioning._Schedule.follows
+    monkeypatch.setattr(
+        conditioning._Schedule, "follows", lambda *arguments: entered.append(follows(*arguments)) or entered[-1]
+    )
+    file = tmp_path / "unet_step.json"
+    monkeypatch.setattr("sys.argv", ["unet_step", "--device", "cpu", "--rounds", "2", "--json", str(file)])
+    assert unet_step.main() == 0
+    model = json.loads(file.read_text())["models"]["tiny"]
+    rows = {(row["variant"], row["state"]): row for row in model["rows"]}
+    assert len(rows) == 9, "no adapter: stock alone; four variants: stock and enabled"
+    assert all(row["seconds"]["calls"] == 2 for row in rows.values())
+    for variant in unet_step.VARIANTS:
+        if variant != "none":
+            row = rows[variant, "enabled"]
+            assert row["equal"], "eager attention on a CPU is stock's, bit for bit"
+            assert row["layers"] == {"triton": 0, "eager": 7, "stock": 0}
+            ratio = row["seconds"]["median"] / rows["none", "stock"]["seconds"]["median"]
+            assert model["ratios"][f"eager: enabled with {variant} / stock with no adapter"] == ratio
+    steps = 2 + 2 + 2  # compared, warming up, timed
+    assert entered.count(False) == 4, "one generation for each enabled candidate"
+    assert entered.count(True) == 4 * (steps - 1), "every other step is in the middle of it"
+    assert "enabled with one / stock with no adapter" in capsys.readouterr().out
+
+
+def test_a_red_unet_step_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = unet_models.Inputs.step
+
+    def wrong(self, unet, i):
+        out = step(self, unet, i)
+        return out * 1.001 if ipa_kernels.explain(unet).enabled else out
+
+    monkeypatch.setattr(unet_models.Inputs, "step", wrong)
+    file = tmp_path / "unet_step.json"
+    monkeypatch.setattr("sys.argv", ["unet_step", "--device", "cpu", "--adapters", "one", "--rounds", "1", "--json", str(file)])
+    assert unet_step.main() == 1
+    model = json.loads(file.read_text())["models"]["tiny"]
+    stock, enabled = model["rows"]
+    assert stock["seconds"]["median"] > 0
+    assert (enabled["within"], enabled["seconds"]) == (False, None)
+    assert enabled["reason"] == "not timed: outside the error budget"
+    assert model["ratios"] == {}
+
+
+def test_the_gates_of_a_step() -> None:
+    truth = torch.randn(2, 4, 16, 16, dtype=torch.float64)
+    stock, better = truth.float() + 1e-4 * torch.randn_like(truth.float()), truth.float()
+    worse = truth.float() + 2e-4 * torch.randn_like(truth.float())
+    assert unet_step.gate(better, stock, truth)["within"]
+    assert not unet_step.gate(worse, stock, truth)["within"]
+    assert not unet_step.gate(torch.full_like(stock, float("nan")), stock, truth)["within"]
+    half = stock.half()
+    assert unet_step.gate(half * 1.01, half, None)["within"]
+    assert not unet_step.gate(half * 1.1, half, None)["within"]
+    assert not unet_step.gate(torch.full_like(half, float("nan")), half, None)["within"]
+
+
+def numbers(text: str) -> set[str]:
+    return set(re.findall(r"\d+(?:\.\d+)?", text))
+
+
+def test_tables_have_the_numbers_of_the_json_and_no_others(tmp_path: Path) -> None:
+    timing = {"median": 1.111e-3, "p20": 1.093e-3, "p80": 1.137e-3, "calls": 3}
+    entry = {"reason": None, "wall": timing, "warm": None, "cold": None, "bytes_per_second": 17e9, "of_copy_rate": 0.19}
+    entry |= {"flops_per_second": 2.3e12, "of_matmul_rate": 0.29}
+    row = {"case": {"name": "a_case"}, "within": True, "candidates": {"ipa_kernels": entry, "xformers": {"reason": "absent"}}}
+    row["ratios"] = {"wall": {"stock": 3.14}, "warm": {}, "cold": {}}
+    limit = {"rate": 41e9, "clock": "wall"}
+    document = {"benchmark": "attention", "machine": {}, "ceilings": {"copy": limit}, "rows": [row], "not run": []}
+    (tmp_path / "one.json").write_text(json.dumps(document))
+    step = {"variant": "one", "state": "stock", "mode": "eager", "reason": "not compiled", "seconds": None}
+    models = {"tiny": {"rows": [step], "ratios": {}}}
+    other = {"benchmark": "unet_step", "machine": {}, "dtype": "torch.half", "models": models}
+    (tmp_path / "more.json").write_text(json.dumps({"benchmark": "collection", "documents": {"unet_step": other}}))
+    (tmp_path / "summary.json").write_text("{}")
+    found = figures.documents(tmp_path)
+    assert found == [document, other]
+    report = figures.report(found)
+    # 20 and 80: the header, "p20 to p80"
+    assert numbers(report) == {"41.0", "3.14", "1111.0", "1093.0", "1137.0", "17", "19", "2.30", "29", "20", "80"}
+    assert "| a_case | ipa_kernels | 1111.0 (1093.0 to 1137.0) | not measured | not measured |" in report
+    assert "Ratios by the cold clock: not measured." in report
+    assert "| a_case | xformers | " + "not measured | " * 7 + "absent |" in report
+
+
+def test_figures_of_an_empty_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["figures", str(tmp_path)])
+    assert figures.main() == 1
+    assert "no JSON of a driver" in capsys.readouterr().out
+
+
+def script(tmp_path: Path, name: str, body: str) -> gpu_day.Step:
+    """A step that runs a module of a line or two."""
+    (tmp_path / f"{name}.py").write_text(body)
+    return gpu_day.Step(name, (name,), limit=20)
+
+
+def test_a_day_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
+    writes = "import json, sys; json.dump({'benchmark': 'x', 'from': __file__}, open(sys.argv[2], 'w'));"
+    todo = [
+        script(tmp_path, "fails", f"{writes} sys.exit(3)"),
+        gpu_day.Step("hangs", script(tmp_path, "hangs", f"{writes} import time; time.sleep(60)").arguments, limit=3),
+        script(tmp_path, "works", writes),
+    ]
+    out = tmp_path / "out"
+    started = time.monotonic()
+    summaries = gpu_day.run(todo, out, 100, {**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert time.monotonic() - started < 30, "a step outlived its limit"
+    assert [summary["result"] for summary in summaries] == ["failed", "out of time", "passed"]
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["documents"]) == {"fails", "hangs", "works"}, "what was written before the end is kept"
+    assert json.loads((out / "summary.json").read_text())["steps"] == summaries
+    late = gpu_day.run(todo[2:], out, 0.5, dict(os.environ))
+    assert late[0]["result"].startswith("not run")
+
+
+def test_the_status_of_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["gpu_day", "--device", "cpu", "--out", str(tmp_path)])
+    for result, status in (("passed", 0), ("failed", 1), ("out of time", 1), ("not run: no time is left", 1)):
+        monkeypatch.setattr(gpu_day, "run", lambda *arguments, result=result: [{"result": result}])
+        monkeypatch.setattr(gpu_day.subprocess, "run", lambda *arguments, **options: SimpleNamespace(returncode=0))
+        assert gpu_day.main() == status, result
+
+
+def test_the_steps_of_a_day() -> None:
+    for device, budget in gpu_day.BUDGET.items():
+        todo = gpu_day.steps(device)
+        assert {"gpu_tests", "kernel_tests", "attention", "sweep", "generation"} <= {step.name for step in todo}
+        assert any(step.name.startswith("unet_step") for step in todo)
+        assert budget <= 540
+    assert set(gpu_day.CASES) <= set(CASES)
+    assert "tests/test_measure.py" in gpu_day._gpu_files()
+
+
+def test_a_day_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its quickest driver, as `make gpu DEVICE=cpu OUT=folder` starts it."""
+    monkeypatch.setattr("sys.argv", ["gpu_day", "--device", "cpu", "--out", str(tmp_path), "--only", "sweep"])
+    assert gpu_day.main() == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"results.json", "summary.json", "report.md", "log.txt", "sweep.png"}
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)

@@ -1,0 +1,161 @@
+"""The measuring core: who takes turns, how long a sample is, what is cold, what a byte and an operation are."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from benchmarks import attention
+from ipa_kernels import measure, replay
+from ipa_kernels.cases import CASES, Case
+
+CPU = torch.device("cpu")
+
+
+def test_candidates_take_turns() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    timings = measure.interleaved(calls, CPU, rounds=3)
+    assert order == ["a", "b"] * 5
+    assert all(timing.calls == 3 and timing.p20 <= timing.median <= timing.p80 for timing in timings.values())
+    with pytest.raises(ValueError, match="rounds: expected at least 1, got 0"):
+        measure.interleaved(calls, CPU, rounds=0)
+
+
+class FakeGraph:
+    """A graph whose call takes a known time, and that notes who was replayed how often."""
+
+    def __init__(self, name: str, seconds: float, calls: int, log: list[tuple[str, int]]) -> None:
+        self.name, self.calls, self.log, self._seconds = name, calls, log, seconds
+
+    def seconds(self, replays: int) -> float:
+        self.log.append((self.name, replays))
+        return self._seconds
+
+
+def test_replays_take_turns_and_fill_a_sample() -> None:
+    log: list[tuple[str, int]] = []
+    graphs = {"short": FakeGraph("short", 1e-6, 20, log), "long": FakeGraph("long", 1e-2, 17, log)}
+    timings = replay.interleaved_replays(graphs, rounds=2)
+    least = replay.LEAST_REPLAYS
+    often = math.ceil(replay.SAMPLE_SECONDS / (20 * 1e-6))
+    assert log == [("short", least), ("long", least), *[("short", often), ("long", least)] * 2]
+    assert often > least > 1
+    assert timings["short"].median == 1e-6
+    assert timings["long"] == measure.Timing(1e-2, 1e-2, 1e-2, 2)
+    with pytest.raises(ValueError, match="rounds: expected at least 1, got 0"):
+        replay.interleaved_replays(graphs, rounds=0)
+
+
+def test_there_is_no_device_time_without_a_gpu() -> None:
+    def never() -> None:
+        pytest.fail("called")
+
+    assert replay.device_times({"a": [never]}, CPU) == {"a": "device cpu: has no CUDA graphs"}
+
+
+@pytest.mark.parametrize("set_bytes", [10, 999, 1000, 1001, 10**9])
+def test_a_round_of_cold_inputs_outgrows_the_cache(set_bytes: int) -> None:
+    count = replay.sets_beyond_cache(set_bytes, 1000)
+    assert count >= 2
+    assert count * set_bytes >= replay.CACHE_MARGIN * 1000
+    assert count == 2 or (count - 1) * set_bytes < replay.CACHE_MARGIN * 1000, "more sets than it takes"
+
+
+def test_cold_inputs_rotate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every set has values of its own, every candidate goes over the same sets in the same order, one call for each."""
+    case = CASES["sdxl_1024_64x64_three_masked"].small()
+    size = case.inputs(torch.float32).bytes
+    monkeypatch.setattr(attention, "cache_bytes", lambda device: size)
+    sets = attention.input_sets(case, torch.float32, CPU)
+    assert len(sets) == replay.CACHE_MARGIN
+    for name in ("query", "key", "value", "image_keys", "image_masks"):
+        values = [getattr(inputs, name) for inputs in sets]
+        first = [value[0] if isinstance(value, tuple) else value for value in values]
+        assert not any(torch.equal(first[0], other) for other in first[1:]), name
+    seen = []
+    monkeypatch.setattr(attention, "decoupled_attention", lambda query, *rest, **options: seen.append(query))
+    calls, _ = attention.candidates(sets, "auto", [])
+    for call in calls[attention.OURS]:
+        call()
+    assert all(query is inputs.query for query, inputs in zip(seen, sets, strict=True))
+    outputs = [call() for call in calls[attention.STOCK]]
+    assert len({out.flatten()[0].item() for out in outputs}) == len(sets)
+
+
+def test_the_models_of_bytes_and_operations() -> None:
+    case = Case("counted", heads=3, queries=5, head_dim=8, text=7, images=(2, 4), masked=True, batch=2)
+    inputs = case.inputs(torch.float16)
+    query, keys_and_values, masks, scales = 2 * 5 * 24 * 2, 2 * 2 * (7 + 2 + 4) * 24 * 2, 2 * 5 * 2, 2 * 2 * 4
+    assert inputs.bytes == query + keys_and_values + masks + scales
+    assert case.flops == 2 * 3 * 5 * (7 + 2 + 4) * 8 * 2 * 2
+
+
+def test_ceilings_on_a_cpu_are_by_wall_time() -> None:
+    limits = replay.ceilings(torch.float32, CPU, rounds=2)
+    assert set(limits) == {"copy", "matmul"}
+    for limit in limits.values():
+        assert limit.clock == "wall"
+        assert limit.rate == limit.amount / limit.timing.median
+        assert limit.to_dict()["timing"]["median"] == limit.timing.median
+    assert limits["copy"].amount == 2 * 2**25, "read and written"
+
+
+def test_facts_name_the_code() -> None:
+    facts = measure.machine_facts(CPU)
+    assert facts["torch"] == torch.__version__
+    assert len(facts["source"]) == 16
+    assert "gpu" not in facts
+
+
+def test_what_an_exception_says_fits_in_a_line() -> None:
+    assert measure.first_line(ValueError("one\ntwo")) == "ValueError: one"
+    assert measure.first_line(ValueError()) == "ValueError: "
+    assert len(measure.first_line(ValueError("x" * 1000))) == 200
+
+
+@pytest.mark.gpu
+def test_a_replay_runs_every_call_on_its_inputs() -> None:
+    device = torch.device("cuda")
+    sets = [torch.full((1000,), float(i), device=device) for i in range(4)]
+    graph = replay.Replay([lambda tensor=tensor: tensor * 2 for tensor in sets], device, keep=True)
+    for tensor in sets:
+        tensor.add_(10)
+    assert graph.seconds(3) > 0
+    for i, out in enumerate(graph.outputs):
+        assert isinstance(out, torch.Tensor)
+        assert (out == 2 * (i + 10)).all()
+    assert graph.calls == 4
+
+
+@pytest.mark.gpu
+def test_device_times_of_what_is_known() -> None:
+    """Twice the work takes longer; what cannot be captured says why, and the others are still measured."""
+    device = torch.device("cuda")
+    tensor = torch.randn(2**26, device=device)
+
+    def times(n: int) -> Callable[[], object]:
+        return lambda: [tensor.mul(1.0) for _ in range(n)]
+
+    def syncs() -> object:
+        return tensor[0].item()
+
+    found = replay.device_times({"one": [times(1)] * 5, "two": [times(2)] * 5, "syncs": [syncs]}, device, rounds=5)
+    one, two = found["one"], found["two"]
+    assert isinstance(one, measure.Timing)
+    assert isinstance(two, measure.Timing)
+    assert 1.5 < two.median / one.median < 2.5
+    assert str(found["syncs"]).startswith("not captured: ")
+
+
+@pytest.mark.gpu
+def test_the_ceilings_of_a_gpu() -> None:
+    device = torch.device("cuda")
+    limits = replay.ceilings(torch.float16, device, rounds=5)
+    assert {limit.clock for limit in limits.values()} == {"device"}
+    assert limits["copy"].rate > 1e11
+    facts = measure.machine_facts(device)
+    assert facts["l2_bytes"] == replay.cache_bytes(device) > 0
+    assert facts["multiprocessors"] > 0
+    assert facts["memory_bytes"] > 0
