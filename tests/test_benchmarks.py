@@ -139,8 +139,10 @@ def test_a_peer_on_a_gpu(name: str) -> None:
     with torch.no_grad():
         row = attention.measure(CASES["sdxl_1024_32x32_three_masked"], torch.float16, device, "triton", 3, [name], limits)
     assert row["within"], row
-    for entry in row["candidates"].values():
-        assert entry["reason"] or (entry["cold"]["median"] > 0 and entry["warm"]["median"] > 0), entry
+    for candidate, entry in row["candidates"].items():
+        why_not = entry["reason"] or entry.get("no cold")
+        assert why_not or (entry["cold"]["median"] > 0 and entry["warm"]["median"] > 0), entry
+        assert not why_not or candidate == name, entry
     assert row["ratios"]["cold"]["stock"] > 0
     assert row["sets"] * row["bytes"] > replay.CACHE_MARGIN * (replay.cache_bytes(device) or 0)
 
