@@ -19,7 +19,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,15 @@ Calls = dict[str, list[Callable[[], Tensor]]]
 
 
 def input_sets(case: Case, dtype: torch.dtype, device: torch.device) -> list[Inputs]:
-    """Fresh random values in every set: enough sets to outgrow the cache of a GPU, one on a CPU."""
+    """Fresh random values in every set: enough sets to outgrow the cache of a GPU, one on a CPU.
+
+    All have the scales of the first, which are options of a layer: torch.compile makes constants of them.
+    """
     first = case.inputs(dtype, device)
     cache = cache_bytes(device)
     count = 1 if cache is None else sets_beyond_cache(first.bytes, cache)
-    return [first, *(case.inputs(dtype, device, seed) for seed in range(1, count))]
+    others = (case.inputs(dtype, device, seed) for seed in range(1, count))
+    return [first, *(replace(other, image_scales=first.image_scales) for other in others)]
 
 
 def candidates(sets: list[Inputs], impl: str, peers: list[str]) -> tuple[Calls, dict[str, str]]:

@@ -114,9 +114,12 @@ def run(todo: Sequence[Step], out: Path, budget: float, environment: dict[str, s
                 command = [sys.executable, "-m", *step.arguments, *(["--json", str(file)] if step.has_json else [])]
                 summary = {"step": step.name, **_run(command, limit, log, environment)}
             summaries.append(summary)
-            print(f"{step.name:20} {summary['result']:12} {summary['seconds']:6.1f} s", flush=True)
             if file.exists():
-                documents[step.name] = json.loads(file.read_text())
+                try:
+                    documents[step.name] = json.loads(file.read_text())
+                except json.JSONDecodeError:
+                    summary["result"] += ", its JSON is cut"
+            print(f"{step.name:22} {summary['result']:12} {summary['seconds']:6.1f} s", flush=True)
             _write(out / "results.json", {"benchmark": "collection", "documents": documents})
             _write(out / "summary.json", {"budget": budget, "steps": summaries})
     return summaries

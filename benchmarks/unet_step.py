@@ -87,8 +87,10 @@ def gate(actual: Tensor, expected: Tensor, truth: Tensor | None) -> dict[str, An
 def in_float64(base: Any, inputs: Inputs, step: int) -> Tensor | None:
     """The truth, by stock's code; None where its weights do not fit beside the rest."""
     size = 8 * sum(parameter.numel() for parameter in base.parameters())
-    if base.device.type == "cuda" and torch.cuda.mem_get_info(base.device)[0] < 3 * size:
-        return None
+    if base.device.type == "cuda":
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info(base.device)[0] < 3 * size:
+            return None
     return inputs.double().step(copy.deepcopy(base).double(), step)
 
 

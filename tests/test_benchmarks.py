@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ipa_kernels
-from benchmarks import attention, figures, generation, gpu_day, peers, sweeps, unet_models, unet_step
+from benchmarks import attention, figures, generation, gpu_day, peers, plots, sweeps, unet_models, unet_step
 from ipa_kernels import conditioning, decoupled_attention, reference, replay
 from ipa_kernels.cases import CASES
 
@@ -303,6 +303,24 @@ def test_tables_have_the_numbers_of_the_json_and_no_others(tmp_path: Path) -> No
     assert "| a_case | xformers | " + "not measured | " * 7 + "absent |" in report
 
 
+def test_plots_and_tables_of_device_times(tmp_path: Path) -> None:
+    """As a GPU will give them; made up here, for there is none."""
+    timing = {"median": 2e-5, "p20": 1.9e-5, "p80": 2.1e-5, "calls": 3}
+    entry = {"reason": None, "wall": timing, "warm": timing, "cold": timing}
+    row = {"case": {"name": "a_case"}, "sweep": "queries", "x": 64, "within": True, "candidates": {"ipa_kernels": entry}}
+    row["ratios"] = {"cold": {"stock": 4.25, "best_sdpa": 3.5, "best_sdpa_is": "sdpa_flash"}}
+    facts = {"gpu": "a GPU"}
+    found = [
+        {"benchmark": kind, "machine": facts, "ceilings": {}, "rows": [row], "not run": []} for kind in ("attention", "sweep")
+    ]
+    report = figures.report(found)
+    assert "Times longer than ipa_kernels, cold clock:" in report
+    assert "| a_case | 4.25 | not measured | 3.50 | sdpa_flash |" in report
+    assert "| 64 | 20.0 (19.0 to 21.0) | not measured | 20.0 (19.0 to 21.0) | not measured | not measured |" in report
+    assert plots._clock([entry]) == "cold"
+    assert [path.name for path in plots.plot(found, tmp_path)] == ["attention.png", "sweep.png"]
+
+
 def test_figures_of_an_empty_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -322,26 +340,27 @@ def test_a_day_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
     todo = [
         script(tmp_path, "fails", f"{writes} sys.exit(3)"),
         gpu_day.Step("hangs", script(tmp_path, "hangs", f"{writes} import time; time.sleep(60)").arguments, limit=3),
+        script(tmp_path, "cuts", "import sys; open(sys.argv[2], 'w').write('{')"),
         script(tmp_path, "works", writes),
     ]
     out = tmp_path / "out"
     started = time.monotonic()
     summaries = gpu_day.run(todo, out, 100, {**os.environ, "PYTHONPATH": str(tmp_path)})
     assert time.monotonic() - started < 30, "a step outlived its limit"
-    assert [summary["result"] for summary in summaries] == ["failed", "out of time", "passed"]
+    assert [summary["result"] for summary in summaries] == ["failed", "out of time", "passed, its JSON is cut", "passed"]
     results = json.loads((out / "results.json").read_text())
     assert set(results["documents"]) == {"fails", "hangs", "works"}, "what was written before the end is kept"
     assert json.loads((out / "summary.json").read_text())["steps"] == summaries
-    late = gpu_day.run(todo[2:], out, 0.5, dict(os.environ))
+    late = gpu_day.run(todo[3:], out, 0.5, dict(os.environ))
     assert late[0]["result"].startswith("not run")
 
 
-def test_the_status_of_a_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("result", ["passed", "failed", "out of time", "passed, its JSON is cut", "not run: no time is left"])
+def test_the_status_of_a_day(result: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["gpu_day", "--device", "cpu", "--out", str(tmp_path)])
-    for result, status in (("passed", 0), ("failed", 1), ("out of time", 1), ("not run: no time is left", 1)):
-        monkeypatch.setattr(gpu_day, "run", lambda *arguments, result=result: [{"result": result}])
-        monkeypatch.setattr(gpu_day.subprocess, "run", lambda *arguments, **options: SimpleNamespace(returncode=0))
-        assert gpu_day.main() == status, result
+    monkeypatch.setattr(gpu_day, "run", lambda *arguments: [{"result": "passed"}, {"result": result}])
+    monkeypatch.setattr(gpu_day.subprocess, "run", lambda *arguments, **options: SimpleNamespace(returncode=0))
+    assert gpu_day.main() == (0 if result == "passed" else 1)
 
 
 def test_the_steps_of_a_day() -> None:

@@ -74,6 +74,7 @@ def test_cold_inputs_rotate(monkeypatch: pytest.MonkeyPatch) -> None:
         values = [getattr(inputs, name) for inputs in sets]
         first = [value[0] if isinstance(value, tuple) else value for value in values]
         assert not any(torch.equal(first[0], other) for other in first[1:]), name
+    assert all(inputs.image_scales is sets[0].image_scales for inputs in sets), "compiled peers would be compiled for each"
     seen = []
     monkeypatch.setattr(attention, "decoupled_attention", lambda query, *rest, **options: seen.append(query))
     calls, _ = attention.candidates(sets, "auto", [])
