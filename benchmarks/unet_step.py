@@ -8,8 +8,9 @@ and, for stock, masks on the CPU included. Before that, the results of a step th
 
 float64  where the weights fit in float64: the enabled step's root mean square distance from the float64 step is at most 1.25
          times the stock step's (attention is a small part of a UNet's rounding: the two errors are nearly the same noise)
-stock    elsewhere: relative distance to the stock step at most 2e-2 in float16, 1e-1 in bfloat16, 1e-4 in float32
+stock    elsewhere: relative distance to the stock step at most 1e-2 in float16, 8e-2 in bfloat16, 1e-4 in float32
 
+With these weights a left-out adapter moves the step by 0.3 (one) or 0.7 (three), and a scale of 0.59 for 0.6 by 5e-3 or more.
 "Stock" is the stock step in the same mode. A variant outside of its bound is reported and not timed.
 """
 
@@ -38,7 +39,7 @@ VARIANTS = {"none": (0, False), "one": (1, False), "one masked": (1, True), "thr
 """Adapters (one: base, 4 tokens; three: Plus, 16 tokens each), and whether each has a mask."""
 
 SLACK = 1.25
-RELATIVE = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float32: 1e-4}
+RELATIVE = {torch.float16: 1e-2, torch.bfloat16: 8e-2, torch.float32: 1e-4}
 
 
 class Candidate:

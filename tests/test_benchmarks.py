@@ -243,12 +243,17 @@ def test_the_unet_step_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert "enabled with one / stock with no adapter" in capsys.readouterr().out
 
 
-def test_a_red_unet_step_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mistake", ["off by a thousandth", "another scale", "no adapter"])
+def test_a_red_unet_step_is_not_timed(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = unet_models.Inputs.step
 
     def wrong(self, unet, i):
-        out = step(self, unet, i)
-        return out * 1.001 if ipa_kernels.explain(unet).enabled else out
+        if not ipa_kernels.explain(unet).enabled:
+            return step(self, unet, i)
+        for processor in unet.attn_processors.values():
+            if mistake != "off by a thousandth" and hasattr(processor, "scale"):
+                processor.scale = [0.59 if mistake == "another scale" else 0.0]
+        return step(self, unet, i) * (1.001 if mistake == "off by a thousandth" else 1)
 
     monkeypatch.setattr(unet_models.Inputs, "step", wrong)
     file = tmp_path / "unet_step.json"
@@ -270,7 +275,7 @@ def test_the_gates_of_a_step() -> None:
     assert not unet_step.gate(worse, stock, truth)["within"]
     assert not unet_step.gate(torch.full_like(stock, float("nan")), stock, truth)["within"]
     half = stock.half()
-    assert unet_step.gate(half * 1.01, half, None)["within"]
+    assert unet_step.gate(half * 1.005, half, None)["within"]
     assert not unet_step.gate(half * 1.1, half, None)["within"]
     assert not unet_step.gate(torch.full_like(half, float("nan")), half, None)["within"]
 

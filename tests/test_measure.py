@@ -1,7 +1,8 @@
 """The measuring core: who takes turns, how long a sample is, what is cold, what a byte and an operation are."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -138,6 +139,50 @@ def test_what_cannot_be_captured_says_why_and_the_others_are_measured(monkeypatc
     assert found["syncs"] == "not captured: RuntimeError: operation not permitted when stream is capturing"
     assert found["warm"] == found["cold"] == measure.Timing(1e-5, 1e-5, 1e-5, 2)
     assert kept == [False, True], "outputs of cold calls lie side by side"
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_the_protocol_of_a_replay(keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With CUDA stubbed: warm up on a side stream, then capture there; replays between two events, in milliseconds."""
+    log: list[str] = []
+
+    class Named:
+        def __init__(self, name: str = "side", **options: object) -> None:
+            self.name = name
+
+        def wait_stream(self, other: "Named") -> None:
+            log.append(f"{self.name} waits for {other.name}")
+
+        def replay(self) -> None:
+            log.append("replay")
+
+        def record(self) -> None:
+            log.append("event")
+
+        def synchronize(self) -> None:
+            log.append("wait")
+
+        def elapsed_time(self, end: object) -> float:
+            return 12.0
+
+    @contextmanager
+    def on(what: object, stream: object = None) -> Iterator[None]:
+        name = "capture" if stream else getattr(what, "name", "device")
+        log.append(f"on {name}")
+        yield
+        log.append(f"off {name}")
+
+    stubs = {"Stream": Named, "current_stream": lambda: Named("current"), "CUDAGraph": Named, "Event": Named}
+    for name, stub in {**stubs, "stream": on, "graph": on, "device": on}.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    calls = [lambda i=i: log.append(f"call {i}") or i for i in range(2)]
+    graph = replay.Replay([*calls, calls[0]], torch.device("cuda"), keep=keep)
+    warm_up = ["on device", "side waits for current", "on side", "call 0", "call 1", "off side", "current waits for side"]
+    assert log == [*warm_up, "on capture", "call 0", "call 1", "call 0", "off capture", "off device"]
+    assert graph.outputs == ([0, 1, 0] if keep else [0])
+    log.clear()
+    assert graph.seconds(4) == pytest.approx(12e-3 / (4 * 3))
+    assert log == ["on device", "event", *["replay"] * 4, "event", "wait", "off device"]
 
 
 @pytest.mark.gpu
