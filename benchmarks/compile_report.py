@@ -1,36 +1,43 @@
 """Compile every entry of the launch table for every architecture, without a GPU, and count what came out.
 
-    python -m benchmarks.compile_report [--arch sm_90 ...] [--head-dim 64 ...] [--quick] [--json FILE]
+    python -m benchmarks.compile_report [--arch sm_90 ...] [--head-dim 64 ...] [--quick | --hardest] [--json FILE]
 
-Registers, stack (spills) and shared memory come from cuobjdump, MMA and memory instructions from nvdisasm, both shipped in
-Triton's wheel; AMD's numbers from the metadata of its assembly. Exit status 1 if an entry spills or exceeds the device.
+What is compiled is what a launch compiles: one source for both (`ipa_kernels.kernels.variant`), specialised on nothing that a
+launch may change. An entry is unfit, and the exit status 1, if it spills, exceeds the shared memory of the device, does without
+tensor cores (float32 may do either), loads queries or stores the output with less than 16 bytes per thread, or, where a tensor
+core multiplies 16 x 8 x 16, needs over 10 % more of that than the shape does.
+
+min_mma is the minimum for tiles of 16: over every branch, ceil8(keys) columns of Q·Kᵗ and ceil16(keys) rows of V, times
+ceil16(head dim), per query; a loop counts one block of keys and the rest after the last block. Elsewhere than on mma.sync it is
+in instructions of the mean size that was used.
 """
 
 import argparse
+import functools
+import inspect
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-os.environ.pop("TRITON_INTERPRET", None)  # an interpreted kernel cannot be compiled
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from ipa_kernels.kernels import launch_table
-from ipa_kernels.kernels.decoupled_attention import decoupled_attention_kernel, whole_lengths
+from ipa_kernels.kernels.decoupled_attention import decoupled_attention_kernel
 from ipa_kernels.kernels.launch_table import LaunchConfig
+from ipa_kernels.kernels.variant import INTERPRETED, Variant, source, variant
 
-HEAD_DIMS = (40, 64, 80, 88, 128, 160)
-DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+from .disassembly import Count, count
+
+HEAD_DIMS = tuple(range(8, 161, 8))
+USED_HEAD_DIMS = (40, 64, 80, 128, 160)
+"""Those of UNets: SD 1.5 has 40, 80 and 160, SDXL and Kolors 64; 128 is that of most transformers."""
+DTYPES = ("float16", "bfloat16", "float32")
 LONG = 1000
 """A length that every config loops over."""
 
@@ -46,129 +53,90 @@ class Entry:
     masked: bool
     config: LaunchConfig
 
+    @property
+    def variant(self) -> Variant:
+        """What a launch of these lengths compiles."""
+        masks = (self.dtype if self.masked else None,) * (len(self.lengths) - 1)
+        return variant(self.dtype, self.head_dim, self.lengths, masks, False, self.config)
 
-@dataclass(frozen=True)
-class Count:
-    """What the compiler made of it; mma and instructions are per warp, bytes per thread (spill) or block (shared)."""
-
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    mma: int
-    instructions: int
-
-
-def length_classes(config: LaunchConfig, quick: bool) -> tuple[tuple[int, ...], ...]:
-    """Lengths that reach every path of a config: text and images held whole, at their limits, and looped over."""
-    text, image = config.whole_keys or LONG, config.whole_image_keys or LONG
-    hardest = ((text, image, image), (text, LONG, LONG), (LONG, LONG, LONG))
-    return hardest if quick else (*hardest, (77,), (77, 4), (77, 16, 16, 16), (text, LONG), (LONG, image), (LONG, LONG))
+    @property
+    def minimum(self) -> int:
+        """Multiply-adds per query that tiles of 16 need, loops counted once."""
+        columns = 0
+        for branch in self.variant.branches:
+            keys = branch.whole or self.config.block_n + branch.rest
+            columns += _up(keys, 8) + _up(keys, 16)
+        return columns * _up(self.head_dim, 16)
 
 
-def entries(archs: list[str], dtypes: list[str], head_dims: list[int], quick: bool) -> Iterator[Entry]:
-    """Every shape class of the table, once, for the asked architectures, dtypes and head dims."""
+def hardest(config: LaunchConfig) -> Iterator[tuple[int, ...]]:
+    """Lengths that reach every path of a config, at its limits."""
+    text, image = config.whole_keys, config.whole_image_keys
+    if text and image:
+        yield text, image, image, image
+    if image:
+        yield LONG, image, image, image
+    if config.max_image_keys >= LONG:
+        yield LONG, LONG, LONG
+
+
+def used(config: LaunchConfig) -> Iterator[tuple[int, ...]]:
+    """Lengths that pipelines have: alone, one and three adapters, a long prompt, every token of a face."""
+    yield from ((77,), (77, 4), (77, 16, 16, 16), (154, 4), (256, 16))
+    if config.max_image_keys >= 257:
+        yield 77, 257
+
+
+def entries(archs: list[str], dtypes: list[str], head_dims: list[int], which: str) -> Iterator[Entry]:
+    """Shape classes of the table; which: "all", "hardest" lengths, or "quick": one of those for each row, in turn."""
     for arch in archs:
-        for dtype in dtypes:
-            bits = 32 if dtype == "float32" else 16
-            for head_dim in head_dims:
-                found = (launch_table.find(arch, bits, head_dim, queries) for queries in (64, 4096))
-                for config in dict.fromkeys(config for config in found if config is not None):
-                    for lengths in length_classes(config, quick):
-                        for masked in (True,) if quick or len(lengths) == 1 else (True, False):
-                            yield Entry(arch, dtype, head_dim, lengths, masked, config)
+        turn = 0
+        for row in (row for row in launch_table.TABLE if arch in row.archs):
+            dims = [head_dim for head_dim in head_dims if head_dim in row.head_dims]
+            for dtype in (dtype for dtype in dtypes if _bits(dtype) == row.bits):
+                if which == "quick":
+                    classes = list(hardest(row.config))
+                    for head_dim in dims[-1:]:
+                        yield Entry(arch, dtype, head_dim, classes[turn % len(classes)], True, row.config)
+                        turn += 1
+                    continue
+                for head_dim in dims:
+                    for lengths in hardest(row.config):
+                        yield Entry(arch, dtype, head_dim, lengths, True, row.config)
+                    for lengths in used(row.config) if which == "all" and head_dim in USED_HEAD_DIMS else ():
+                        for masked in (True, False) if len(lengths) > 1 else (False,):
+                            yield Entry(arch, dtype, head_dim, lengths, masked, row.config)
 
 
-def source(entry: Entry) -> ASTSource:
-    """The kernel as the launcher specialises it for packed [B, M, H·D] tensors."""
-    n = len(entry.lengths)
-    pointer = "*" + DTYPES[entry.dtype]
-    signature: dict[str, object] = {
-        "out_ptr": pointer,
-        "q_ptr": pointer,
-        "k_ptrs": (pointer,) * n,
-        "v_ptrs": (pointer,) * n,
-        "scale_ptr": "*fp32" if n > 1 else "constexpr",
-        "mask_ptrs": (pointer if entry.masked else "constexpr",) * (n - 1),
-        "out_strides": ("i32",) * 3,
-        "q_strides": ("i32",) * 3,
-        "k_strides": (("i32",) * 3,) * n,
-        "v_strides": (("i32",) * 3,) * n,
-        "scale_strides": ("i32", "constexpr"),
-        "mask_strides": ("i32",) * (n - 1),
-        "heads": "i32",
-        "q_len": "i32",
-        "lengths": ("i32",) * n,
-        "qk_scale": "fp32",
-    }
-    vector = 4 if entry.dtype == "float32" else 8
-    constants: dict[str, object] = {
-        "HEAD_DIM": entry.head_dim,
-        "LENGTHS": whole_lengths(entry.lengths, entry.config),
-        "ALIGN": 1 if entry.head_dim % 16 == 0 else vector,
-        "BLOCK_M": entry.config.block_m,
-        "BLOCK_N": entry.config.block_n,
-        "PRECISION": "ieee",
-    }
-    signature |= dict.fromkeys(constants, "constexpr")
-    position = {name: i for i, name in enumerate(decoupled_attention_kernel.arg_names)}
-    values: dict[tuple[int, ...], object] = {(position[name],): value for name, value in constants.items()}
-    values[position["scale_strides"], 1] = 1
-    if n == 1:
-        values[(position["scale_ptr"],)] = None
-    if not entry.masked:
-        values |= {(position["mask_ptrs"], i): None for i in range(n - 1)}
-
-    # a batch or row stride is a multiple of 16 elements, a head stride is the head dim
-    aligned: list[tuple[int, ...]] = [(position[name],) for name in ("out_ptr", "q_ptr")]
-    aligned += [(position[name], i) for name in ("k_ptrs", "v_ptrs") for i in range(n)]
-    aligned += [(position["mask_ptrs"], i) for i in range(n - 1) if entry.masked]
-    for j in (0, 1, 2) if entry.head_dim % 16 == 0 else (0, 2):
-        aligned += [(position[name], j) for name in ("out_strides", "q_strides")]
-        aligned += [(position[name], i, j) for name in ("k_strides", "v_strides") for i in range(n)]
-    attributes = {place: [["tt.divisibility", 16]] for place in aligned}
-    return ASTSource(fn=decoupled_attention_kernel, signature=signature, constexprs=values, attrs=attributes)
-
-
-def count(entry: Entry) -> Count:
-    """Compile one entry and count."""
+def measure(entry: Entry) -> Count:
+    """Compile one entry and count. Raises RuntimeError where kernels are interpreted."""
+    if INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET is set: an interpreted kernel cannot be compiled; unset it")
     target = (
         GPUTarget("hip", entry.arch, 64 if entry.arch in launch_table.CDNA else 32)
         if entry.arch.startswith("gfx")
         else GPUTarget("cuda", int(entry.arch.removeprefix("sm_")), 32)
     )
     options = {"num_warps": entry.config.num_warps, "num_stages": entry.config.num_stages}
-    compiled = triton.compile(source(entry), target=target, options=options)
-    if "cubin" in compiled.asm:
-        return _count_nvidia(compiled.asm["cubin"], compiled.metadata.shared)
-    return _count_amd(compiled.asm["amdgcn"], compiled.metadata.shared)
+    return count(triton.compile(source(entry.variant), target=target, options=options), _query_lines())
 
 
-def _count_nvidia(cubin: bytes, shared: int) -> Count:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
-        listing = _output(tools / "nvdisasm", "-c", file.name)
-    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_]*)", listing, re.M))
-    mma = sum(n for opcode, n in opcodes.items() if opcode in ("HMMA", "HGMMA", "UTCHMMA", "QMMA"))
-    resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    return Count(resources["REG"], resources["STACK"], shared, mma, opcodes.total())
+@functools.cache
+def _query_lines() -> range:
+    """Where the kernel loads its queries."""
+    lines, first = inspect.getsourcelines(decoupled_attention_kernel.fn)
+    (line,) = (first + i for i, text in enumerate(lines) if text.lstrip().startswith("q = load_rows("))
+    return range(line, line + 1)
 
 
-def _count_amd(assembly: str, shared: int) -> Count:
-    def metadata(name: str) -> int:
-        match = re.search(rf"\.{name}:\s+(\d+)", assembly)
-        assert match is not None, f"no {name} in the assembly"
-        return int(match.group(1))
-
-    mma = len(re.findall(r"^\s+v_(?:mfma|wmma)", assembly, re.M))
-    instructions = len(re.findall(r"^\s+[a-z]+_\w+", assembly, re.M))
-    return Count(metadata("vgpr_count"), metadata("vgpr_spill_count") * 4, shared, mma, instructions)
-
-
-def _output(*command: str | Path) -> str:
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+def min_mma(entry: Entry, counted: Count) -> int | None:
+    """See above; None for float32, and where an instruction does not show its shape."""
+    if counted.multiply_adds is None or not counted.mma or entry.dtype == "float32":
+        return None
+    # mma.sync, MFMA and WMMA are a warp's, wgmma is one of four warps
+    groups = entry.config.num_warps // (4 if entry.arch in launch_table.WGMMA else 1)
+    minimum = entry.minimum * entry.config.block_m // groups
+    return round(minimum / (counted.multiply_adds / counted.mma))
 
 
 def faults(entry: Entry, counted: Count) -> list[str]:
@@ -177,44 +145,90 @@ def faults(entry: Entry, counted: Count) -> list[str]:
     found = []
     if counted.shared_bytes > limit:
         found.append(f"shared memory {counted.shared_bytes} over the {limit} of {entry.arch}")
-    if counted.spill_bytes and entry.dtype != "float32":
+    if counted.query_load < 16:
+        found.append(f"loads queries by {counted.query_load} bytes per thread")
+    if counted.output_store < 16:
+        found.append(f"stores the output by {counted.output_store} bytes per thread")
+    if entry.dtype == "float32":
+        return found
+    if counted.spill_bytes:
         found.append(f"spills {counted.spill_bytes} bytes per thread")
-    if not counted.mma and entry.dtype != "float32":
+    if not counted.mma:
         found.append("no tensor core instruction")
+    least = min_mma(entry, counted)
+    if least is not None and counted.mma > 1.1 * least and entry.arch in launch_table.MMA:
+        found.append(f"{counted.mma} matrix instructions where {least} would do")
     return found
+
+
+def occupancy(entry: Entry, counted: Count) -> float:
+    """The share of a processor's warps that registers and shared memory leave room for, estimated."""
+    device = launch_table.PROCESSORS[entry.arch]
+    per_warp = _up(counted.registers, 8) * device.lanes
+    by_registers = device.registers // per_warp // entry.config.num_warps
+    by_shared = device.shared // (counted.shared_bytes + device.reserved) if counted.shared_bytes else by_registers
+    return min(by_registers, by_shared, device.warps // entry.config.num_warps) * entry.config.num_warps / device.warps
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _bits(dtype: str) -> int:
+    return 32 if dtype == "float32" else 16
+
+
+def row(entry: Entry, counted: Count) -> dict[str, Any]:
+    """What `--json` writes for an entry."""
+    return {
+        **asdict(entry),
+        **asdict(counted),
+        "min_mma": min_mma(entry, counted),
+        "occupancy": occupancy(entry, counted),
+        "faults": faults(entry, counted),
+    }
 
 
 def main() -> int:
     """Print one line per entry; 1 if one is unfit."""
     every_arch = list(launch_table.SHARED_MEMORY)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", default=every_arch, choices=every_arch)
-    parser.add_argument("--dtype", nargs="+", default=["float16", "bfloat16"], choices=list(DTYPES))
+    parser.add_argument("--arch", nargs="+", default=list(launch_table.COMPILED), choices=every_arch)
+    parser.add_argument("--dtype", nargs="+", default=["float16", "bfloat16"], choices=DTYPES)
     parser.add_argument("--head-dim", nargs="+", type=int, default=list(HEAD_DIMS))
-    parser.add_argument("--quick", action="store_true", help="only the lengths that need the most registers")
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--quick", action="store_true", help="one entry for each row of the table: minutes instead of an hour")
+    amount.add_argument("--hardest", action="store_true", help="only the lengths that need the most registers")
     parser.add_argument("--json", type=Path, help="write one row per entry")
     arguments = parser.parse_args()
 
-    asked = list(entries(arguments.arch, arguments.dtype, arguments.head_dim, arguments.quick))
+    which = "quick" if arguments.quick else "hardest" if arguments.hardest else "all"
+    asked = list(entries(arguments.arch, arguments.dtype, arguments.head_dim, which))
     rows = []
-    unfit = 0
-    print("arch      dtype     D    block warps  registers  spill  shared   mma  instr  keys per branch", flush=True)
+    print("arch      dtype     D    block warps  registers  spill  shared   mma  (min)  instr  occupancy  keys per branch")
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for entry, counted in zip(asked, pool.map(count, asked, chunksize=4), strict=True):
-            wrong = faults(entry, counted)
-            unfit += bool(wrong)
-            rows.append({**asdict(entry), **asdict(counted), "faults": wrong})
-            print(
-                f"{entry.arch:9} {entry.dtype:9} {entry.head_dim:<4} {entry.config.block_m:>5} {entry.config.num_warps:>5}"
-                f" {counted.registers:>10} {counted.spill_bytes:>6} {counted.shared_bytes:>7} {counted.mma:>5}"
-                f" {counted.instructions:>6}  {'+'.join(map(str, entry.lengths))}{'  masked' * entry.masked}"
-                f"  {'; '.join(wrong)}",
-                flush=True,
-            )
+        for entry, counted in zip(asked, pool.map(measure, asked, chunksize=4), strict=True):
+            rows.append(row(entry, counted))
+            print(_line(entry, counted, rows[-1]), flush=True)
+    unfit = sum(bool(row["faults"]) for row in rows)
     print(f"{len(asked)} entries, {unfit} unfit (triton {triton.__version__})")
+    for arch in arguments.arch:
+        for dtype in arguments.dtype:
+            print(f"{arch} {dtype}: {'; '.join(launch_table.refusals(arch, _bits(dtype)))}")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1))
+        document = {"benchmark": "compile_report", "triton": triton.__version__, "rows": rows}
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     return 1 if unfit else 0
+
+
+def _line(entry: Entry, counted: Count, row: dict[str, Any]) -> str:
+    least = "" if row["min_mma"] is None else f"({row['min_mma']})"
+    return (
+        f"{entry.arch:9} {entry.dtype:9} {entry.head_dim:<4} {entry.config.block_m:>5} {entry.config.num_warps:>5}"
+        f" {counted.registers:>10} {counted.spill_bytes:>6} {counted.shared_bytes:>7} {counted.mma:>5} {least:>6}"
+        f" {counted.instructions:>6} {row['occupancy']:>9.0%}   {'+'.join(map(str, entry.lengths))}{'  masked' * entry.masked}"
+        f"  {'; '.join(row['faults'])}"
+    )
 
 
 if __name__ == "__main__":

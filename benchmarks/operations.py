@@ -55,11 +55,11 @@ class LiveMemory(TorchDispatchMode):
 def kernels_only_counted(counts: Counter[str]) -> Iterator[None]:
     """Count launches of the attention kernel instead of launching it; where triton cannot be imported there are none."""
     try:
-        from ipa_kernels.kernels import decoupled_attention as kernel
+        from ipa_kernels.kernels.launch import Launch
     except ImportError:
         yield
         return
-    with mock.patch.object(kernel, "launch", side_effect=lambda *arguments: counts.update(["kernel"])):
+    with mock.patch.object(Launch, "_launch", side_effect=lambda *arguments: counts.update(["kernel"])):
         yield
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ipa_kernels import UnsupportedError, decoupled_attention
-from ipa_kernels.kernels import decoupled_attention as kernel
+from ipa_kernels.kernels import launch as kernel
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:

@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IP
 
 import ipa_kernels
 from ipa_kernels import Report, UnsupportedError, integration
-from ipa_kernels.kernels import decoupled_attention as kernel
+from ipa_kernels.kernels import launch as kernel
 from ipa_kernels.report import FallbackWarning
 
 from .zoo.adapters import load

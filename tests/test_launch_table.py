@@ -2,39 +2,93 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from ipa_kernels import decoupled_attention
-from ipa_kernels.kernels import decoupled_attention as kernel
+from benchmarks import compile_report
+from benchmarks.disassembly import Count
+from ipa_kernels import UnsupportedError, decoupled_attention
+from ipa_kernels.kernels import launch as kernel
 from ipa_kernels.kernels import launch_table
 from ipa_kernels.ops import support
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"])
-def test_every_entry_compiles_within_the_device(arch: str, tmp_path: Path) -> None:
-    report = tmp_path / "report.json"
+def report(module: str, *arguments: str, folder: Path) -> dict[str, Any]:
+    """The JSON of a driver, which compiles: in a process of its own, where kernels are not interpreted."""
+    file = folder / "report.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    head_dims = ["40", "64", "80", "88", "128", "160"]
-    command = [sys.executable, "-m", "benchmarks.compile_report", "--quick", "--arch", arch, "--head-dim", *head_dims]
-    done = subprocess.run(
-        [*command, "--json", str(report)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments, "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads(report.read_text())["rows"]
-    assert {(row["dtype"], str(row["head_dim"])) for row in rows} == {
-        (dtype, head_dim) for dtype in ("float16", "bfloat16") for head_dim in head_dims
-    }
+    content: dict[str, Any] = json.loads(file.read_text())
+    return content
+
+
+@pytest.mark.parametrize("arch", launch_table.COMPILED)
+def test_every_row_compiles_within_the_device(arch: str, tmp_path: Path) -> None:
+    rows = report("compile_report", "--quick", "--arch", arch, folder=tmp_path)["rows"]
+    here = [row for row in launch_table.TABLE if arch in row.archs and row.bits == 16]
+    assert len(rows) == 2 * len(here)
+    assert {row["dtype"] for row in rows} == {"float16", "bfloat16"}
     for row in rows:
         assert row["spill_bytes"] == 0, row
         assert 0 < row["shared_bytes"] <= launch_table.SHARED_MEMORY[arch], row
         assert row["mma"] > 0, row
+        assert row["query_load"] == row["output_store"] == 16, row
+        assert 0 < row["occupancy"] <= 1, row
+        if arch in launch_table.MMA:
+            assert row["min_mma"] <= row["mma"] <= 1.1 * row["min_mma"], row
+
+
+def test_the_cost_of_adapters(tmp_path: Path) -> None:
+    """Per 16 queries, one adapter of 4 tokens: 92 HMMA.16816, 44 over 88 columns and 48 over 96 rows. Three of 16: 128."""
+    tables = report("growth", "--tables", "adapters of 4 tokens", "adapters of 16 tokens", folder=tmp_path)["tables"]
+    four, sixteen = ({row["x"]: row for row in tables[f"adapters of {n} tokens"]} for n in (4, 16))
+    assert four[1]["mma"] == four[1]["min_mma"] == 92
+    assert sixteen[3]["mma"] == sixteen[3]["min_mma"] == 128
+    assert sixteen[8]["mma"] == sixteen[8]["min_mma"] == 208
+    assert all(row["spill_bytes"] == 0 and row["launches"] == 1 for row in (*four.values(), *sixteen.values()))
+
+
+def entry(**changes: Any) -> compile_report.Entry:
+    config = launch_table.find("sm_80", 16, 64, 4096)
+    assert config is not None
+    known = compile_report.Entry("sm_80", "float16", 64, (77, 4), True, config)
+    return replace(known, **changes)
+
+
+GOOD = Count(128, 0, 20480, 92, 92 * 2048, 1000, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({}, None),
+        ({"mma": 101, "multiply_adds": 101 * 2048}, None),
+        ({"mma": 102, "multiply_adds": 102 * 2048}, "102 matrix instructions where 92 would do"),
+        ({"spill_bytes": 4}, "spills 4 bytes per thread"),
+        ({"shared_bytes": 163 * 1024 + 1}, "shared memory 166913 over the 166912 of sm_80"),
+        ({"mma": 0, "multiply_adds": 0}, "no tensor core instruction"),
+        ({"query_load": 8}, "loads queries by 8 bytes per thread"),
+        ({"output_store": 2}, "stores the output by 2 bytes per thread"),
+    ],
+)
+def test_what_makes_an_entry_unfit(changes: dict[str, int], fault: str | None) -> None:
+    assert compile_report.faults(entry(), replace(GOOD, **changes)) == ([] if fault is None else [fault])
+
+
+def test_float32_may_spill_and_do_without_tensor_cores() -> None:
+    counted = replace(GOOD, spill_bytes=400, mma=0, multiply_adds=0)
+    assert compile_report.faults(entry(dtype="float32"), counted) == []
 
 
 @pytest.mark.parametrize("arch", launch_table.SHARED_MEMORY)
@@ -79,9 +133,39 @@ def test_an_old_gpu_is_refused_with_its_name(monkeypatch: pytest.MonkeyPatch) ->
     assert reason.startswith("device architecture sm_75: not in the launch table")
 
 
+def test_lengths_are_refused_where_a_loop_would_spill() -> None:
+    assert launch_table.refusal("sm_80", 16, 160, 32) is None
+    assert launch_table.refusal("sm_90", 16, 160, 257) is None
+    reason = launch_table.refusal("sm_80", 16, 160, 257)
+    assert reason == "257 image keys: above 32 the kernel spills registers on sm_80 at head dim 160"
+
+
+@pytest.mark.parametrize(
+    ("arch", "lengths", "blocks", "reason"),
+    [
+        ("sm_90", (77, 4), 1, None),
+        ("sm_90", (512, 257), 640, None),
+        ("sm_90", (2048, 257), 640, "2305 keys in all: above 2048"),
+        ("sm_90", (2048, 257, 257), 640, None),
+        ("sm_80", (2048, 257), 640, None),
+        ("sm_80", (2048, 257), 20, "20 blocks over 2048 keys"),
+        ("sm_90", (77,), 640, None),
+    ],
+)
+def test_where_sdpa_is_estimated_to_be_faster(arch: str, lengths: tuple[int, ...], blocks: int, reason: str | None) -> None:
+    found = launch_table.slower(arch, lengths, blocks)
+    assert (found is None) if reason is None else (found or "").startswith(reason)
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("image_keys", [32, 1500])
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 88, 128, 160])
-def test_the_gpu_at_hand_takes_every_shape_of_the_table(head_dim: int) -> None:
+def test_the_gpu_at_hand_takes_every_shape_of_the_table(head_dim: int, image_keys: int) -> None:
     query = torch.randn(2, 4, 1500, head_dim, device="cuda", dtype=torch.float16)
-    out = decoupled_attention(query, query[:, :, :77], query[:, :, :77], [query], [query], impl="triton")
-    assert out.isfinite().all()
+    inputs = query, query[:, :, :77], query[:, :, :77], [query[:, :, :image_keys]], [query[:, :, :image_keys]]
+    refused = launch_table.refusal(support.architecture(query.device), 16, head_dim, image_keys)
+    if refused is not None:
+        with pytest.raises(UnsupportedError, match=re.escape(refused)):
+            decoupled_attention(*inputs, impl="triton")
+        return
+    assert decoupled_attention(*inputs, impl="triton").isfinite().all()

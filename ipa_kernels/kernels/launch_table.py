@@ -1,13 +1,15 @@
 """Launch parameters as data: which block sizes run where, and what is refused. No triton, no torch, no autotuner.
 
-Every row is compiled for its architectures without a GPU, at the head dims 40, 64, 80, 88, 128 and 160 and the lengths that
-need the most registers (`python -m benchmarks.compile_report`): no spills, shared memory within the device's limit; see
+Every row is compiled for its architectures without a GPU, at every head dim and at the lengths that need the most registers
+(`python -m benchmarks.compile_report`): no spills, shared memory within the device's limit, 16 bytes per load and store; see
 docs/decisions/0002-launch-table.md. No row has been timed on a GPU yet.
 """
 
 from dataclasses import dataclass
 
 LARGEST_HEAD_DIM = 256
+
+ANY = 2**63
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,7 @@ class LaunchConfig:
 
     block_m: queries per program. whole_keys, whole_image_keys: a text or an image branch of up to this many keys is held whole
     in registers, a longer one is looped over. block_n: keys per step of that loop. num_warps, num_stages: as in Triton.
+    max_image_keys: an image branch of more keys is refused.
     """
 
     block_m: int
@@ -24,22 +27,36 @@ class LaunchConfig:
     whole_image_keys: int
     num_warps: int
     num_stages: int = 2
+    max_image_keys: int = ANY
 
 
 @dataclass(frozen=True)
 class Row:
-    """A config, and what it is for: architectures, 16-bit or 32-bit elements, up to a head dim and a number of queries."""
+    """A config, and what it is for: architectures, 16-bit or 32-bit elements, head dims, and up to a number of queries."""
 
     archs: tuple[str, ...]
     bits: int
-    head_dim: int
+    head_dims: range
     queries: int
     config: LaunchConfig
 
 
+@dataclass(frozen=True)
+class Processor:
+    """One multiprocessor or compute unit: 32-bit registers, warps and shared memory that the blocks on it share, lanes of a
+    warp, bytes of shared memory that each block costs besides its own.
+    """
+
+    registers: int
+    warps: int
+    shared: int
+    lanes: int = 32
+    reserved: int = 1024
+
+
 # Shared memory that one block may use, in bytes. NVIDIA: CUDA C++ Programming Guide, table "Technical Specifications per
 # Compute Capability", row "Maximum amount of shared memory per thread block". AMD: the local data share of a workgroup,
-# 64 KiB, CDNA 3 ISA reference guide.
+# 64 KiB, CDNA 3 and RDNA ISA reference guides.
 SHARED_MEMORY = {
     "sm_80": 163 * 1024,
     "sm_86": 99 * 1024,
@@ -50,34 +67,70 @@ SHARED_MEMORY = {
     "sm_103": 227 * 1024,
     "sm_120": 99 * 1024,
     "sm_121": 99 * 1024,
+    "gfx90a": 64 * 1024,
     "gfx942": 64 * 1024,
+    "gfx1100": 64 * 1024,
+    "gfx1201": 64 * 1024,
 }
 
-# Tensor cores by mma.sync, where a warp owns 16 rows; by wgmma or tcgen05, where four warps own 64; by MFMA.
+# The same sources, for the estimate of occupancy.
+_AMPERE = Processor(65536, 64, 164 * 1024)
+_ADA = Processor(65536, 48, 100 * 1024)
+_HOPPER = Processor(65536, 64, 228 * 1024)
+_CDNA = Processor(4 * 512 * 64, 32, 64 * 1024, lanes=64, reserved=0)
+_RDNA = Processor(4 * 1536 * 32, 64, 128 * 1024, reserved=0)
+PROCESSORS = {
+    "sm_80": _AMPERE, "sm_86": _ADA, "sm_87": Processor(65536, 48, 164 * 1024), "sm_89": _ADA,
+    "sm_90": _HOPPER, "sm_100": _HOPPER, "sm_103": _HOPPER, "sm_120": _ADA, "sm_121": _ADA,
+    "gfx90a": _CDNA, "gfx942": _CDNA, "gfx1100": _RDNA, "gfx1201": _RDNA,
+}  # fmt: skip
+
+COMPILED = tuple(arch for arch in SHARED_MEMORY if arch not in ("sm_87", "sm_103", "sm_121"))
+"""What the report compiles; the others share the code of a sibling: sm_87 of sm_86, sm_103 of sm_100, sm_121 of sm_120."""
+
+# Tensor cores by mma.sync, where a warp owns 16 rows; by wgmma or tcgen05, where four warps own 64; by MFMA; by WMMA.
 AMPERE = ("sm_80", "sm_86", "sm_87", "sm_89")
-MMA = (*AMPERE, "sm_120", "sm_121")
+SM_120 = ("sm_120", "sm_121")
+MMA = AMPERE + SM_120
 WGMMA = ("sm_90", "sm_100", "sm_103")
-CDNA = ("gfx942",)
+CDNA = ("gfx90a", "gfx942")
+RDNA3 = ("gfx1100",)
+RDNA4 = ("gfx1201",)
 
-ANY = 2**63
 
-# The first row that fits wins. block_m is 16 times the number of warps where mma.sync computes: a warp with more rows spills,
-# and warps that share rows repeat each other's products (the last resort, at a head dim of 160, on sm_120 from 128 on).
+def _dims(first: int, last: int) -> range:
+    return range(first, last + 1, 8)
+
+
+# The first row that fits wins. Where mma.sync computes, a warp has 16 rows: with more it spills, and warps that share rows
+# repeat each other's products. Four such warps are a block: of blocks twice the size fewer fit a processor, by their registers.
 TABLE = (
-    Row(MMA, 16, 64, 1023, LaunchConfig(64, block_n=64, whole_keys=128, whole_image_keys=32, num_warps=4)),
-    Row(MMA, 16, 64, ANY, LaunchConfig(128, block_n=64, whole_keys=128, whole_image_keys=32, num_warps=8)),
-    Row(MMA, 16, 96, 1023, LaunchConfig(64, block_n=16, whole_keys=80, whole_image_keys=16, num_warps=4)),
-    Row(MMA, 16, 96, ANY, LaunchConfig(128, block_n=16, whole_keys=80, whole_image_keys=16, num_warps=8)),
-    Row(AMPERE, 16, 128, ANY, LaunchConfig(128, block_n=16, whole_keys=80, whole_image_keys=16, num_warps=8)),
-    Row(MMA, 16, 160, ANY, LaunchConfig(64, block_n=16, whole_keys=0, whole_image_keys=0, num_warps=8)),
-    Row(WGMMA, 16, 64, 1023, LaunchConfig(64, block_n=64, whole_keys=128, whole_image_keys=128, num_warps=4)),
-    Row(WGMMA, 16, 96, 1023, LaunchConfig(64, block_n=32, whole_keys=128, whole_image_keys=64, num_warps=4)),
-    Row(WGMMA, 16, 96, ANY, LaunchConfig(128, block_n=64, whole_keys=128, whole_image_keys=64, num_warps=8)),
-    Row(WGMMA, 16, 160, ANY, LaunchConfig(128, block_n=16, whole_keys=128, whole_image_keys=32, num_warps=8)),
-    Row(CDNA, 16, 128, ANY, LaunchConfig(128, block_n=32, whole_keys=128, whole_image_keys=32, num_warps=8)),
-    Row(CDNA, 16, 160, ANY, LaunchConfig(128, block_n=16, whole_keys=80, whole_image_keys=16, num_warps=8)),
+    Row(MMA, 16, _dims(8, 64), ANY, LaunchConfig(64, 32, whole_keys=128, whole_image_keys=32, num_warps=4)),
+    Row(MMA, 16, _dims(72, 80), ANY, LaunchConfig(64, 16, whole_keys=128, whole_image_keys=32, num_warps=4)),
+    Row(AMPERE, 16, _dims(88, 96), ANY, LaunchConfig(64, 16, whole_keys=128, whole_image_keys=32, num_warps=4)),
+    Row(
+        SM_120,
+        16,
+        _dims(88, 96),
+        ANY,
+        LaunchConfig(64, 16, whole_keys=128, whole_image_keys=32, num_warps=4, max_image_keys=32),
+    ),
+    Row(
+        MMA, 16, _dims(120, 128), ANY, LaunchConfig(64, 16, whole_keys=128, whole_image_keys=32, num_warps=4, max_image_keys=32)
+    ),
+    Row(MMA, 16, _dims(104, 160), ANY, LaunchConfig(64, 16, whole_keys=0, whole_image_keys=32, num_warps=4, max_image_keys=32)),
+    Row(WGMMA, 16, _dims(8, 64), 1023, LaunchConfig(64, 64, whole_keys=128, whole_image_keys=128, num_warps=4)),
+    Row(WGMMA, 16, _dims(8, 96), 1023, LaunchConfig(64, 32, whole_keys=128, whole_image_keys=64, num_warps=4)),
+    Row(WGMMA, 16, _dims(8, 96), ANY, LaunchConfig(128, 64, whole_keys=128, whole_image_keys=64, num_warps=8)),
+    Row(WGMMA, 16, _dims(104, 160), ANY, LaunchConfig(128, 16, whole_keys=128, whole_image_keys=32, num_warps=8)),
+    Row(CDNA, 16, _dims(8, 160), ANY, LaunchConfig(128, 64, 128, 32, num_warps=4, num_stages=1)),
+    Row(RDNA3, 16, _dims(8, 64), ANY, LaunchConfig(64, 16, 80, 16, num_warps=4, num_stages=1)),
+    Row(RDNA3, 16, _dims(72, 80), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, num_stages=1)),
+    Row(RDNA3, 16, _dims(88, 96), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, num_stages=1, max_image_keys=16)),
+    Row(RDNA4, 16, _dims(8, 96), ANY, LaunchConfig(64, 32, 128, 32, num_warps=4, num_stages=1)),
+    Row(RDNA4, 16, _dims(104, 160), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, num_stages=1, max_image_keys=16)),
     # IEEE float32 has no tensor cores: small tiles, for the sake of registers and compile time
-    Row(MMA + WGMMA + CDNA, 32, 160, ANY, LaunchConfig(32, block_n=32, whole_keys=80, whole_image_keys=32, num_warps=4)),
+    Row(tuple(SHARED_MEMORY), 32, _dims(8, 160), ANY, LaunchConfig(32, 32, whole_keys=80, whole_image_keys=32, num_warps=4)),
 )
 
 # Triton's interpreter has no registers to run out of.
@@ -87,16 +140,49 @@ INTERPRETED = LaunchConfig(64, block_n=64, whole_keys=128, whole_image_keys=128,
 def find(arch: str, bits: int, head_dim: int, queries: int) -> LaunchConfig | None:
     """The config for elements of `bits` bits on "sm_90" or "gfx942", or None where the table refuses; `refusal` says why."""
     for row in TABLE:
-        if arch in row.archs and row.bits == bits and head_dim <= row.head_dim and queries <= row.queries:
+        if arch in row.archs and row.bits == bits and head_dim in row.head_dims and queries <= row.queries:
             return row.config
     return None
 
 
-def refusal(arch: str, bits: int, head_dim: int) -> str | None:
-    """Why an architecture does not run a shape, in one sentence, or None where it does."""
+def refusal(arch: str, bits: int, head_dim: int, image_keys: int = 0) -> str | None:
+    """Why an architecture does not run a shape with image branches of this length, in one sentence, or None where it does."""
     if arch not in SHARED_MEMORY:
         return f"device architecture {arch}: not in the launch table ({', '.join(SHARED_MEMORY)})"
-    limit = max((row.head_dim for row in TABLE if arch in row.archs and row.bits == bits), default=0)
-    if head_dim > limit:
+    rows = [row for row in TABLE if arch in row.archs and row.bits == bits]
+    fitting = [row.config for row in rows if head_dim in row.head_dims]
+    if not fitting:
+        limit = max((row.head_dims[-1] for row in rows), default=0)
         return f"head dim {head_dim}: above {limit} the kernel spills registers on {arch}"
+    limit = min(config.max_image_keys for config in fitting)
+    if image_keys > limit:
+        return f"{image_keys} image keys: above {limit} the kernel spills registers on {arch} at head dim {head_dim}"
+    return None
+
+
+def refusals(arch: str, bits: int) -> list[str]:
+    """What an architecture refuses, as a list to read."""
+    found = []
+    for head_dim in range(8, LARGEST_HEAD_DIM + 1, 8):
+        reason = refusal(arch, bits, head_dim) or refusal(arch, bits, head_dim, ANY)
+        if reason is not None:
+            found.append(reason.replace(f"{ANY} image keys: above", f"head dim {head_dim}: image keys above"))
+    return found
+
+
+LONG_KEYS = 2048
+FEW_BLOCKS = 64
+"""Where `slower` sets in: by the byte and FLOP model of docs/decisions/0007, not by measurement."""
+
+
+def slower(arch: str, lengths: tuple[int, ...], blocks: int) -> str | None:
+    """Why SDPA per branch is estimated to be faster than a kernel that could run, in one sentence, or None.
+
+    lengths: keys per branch, text first; blocks: programs of the launch.
+    """
+    allowed = LONG_KEYS * max(1, len(lengths) - 1)
+    if arch in WGMMA and sum(lengths) > allowed:
+        return f"{sum(lengths)} keys in all: above {allowed} SDPA's own kernels for {arch} are estimated to be faster"
+    if max(lengths) >= LONG_KEYS and blocks < FEW_BLOCKS:
+        return f"{blocks} blocks over {max(lengths)} keys: SDPA, which splits the keys, is estimated to fill the GPU better"
     return None

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,7 +17,11 @@ from .support import (
     describe,
     kernel_module,
     launch_config,
+    slower_reasons,
 )
+
+if TYPE_CHECKING:
+    from ..kernels.launch import Launch
 
 IMPLEMENTATIONS = ("auto", "triton", "eager")
 
@@ -79,6 +84,7 @@ def choose(problem: Problem, impl: str) -> tuple[str, list[str]]:
     reasons = call_reasons(problem)
     if impl == "auto":
         reasons += automatic_reasons(problem.query.device, problem.query.dtype)
+        reasons += [] if reasons else slower_reasons(problem)
     elif reasons:
         raise UnsupportedError(f'impl="triton" cannot run {describe(problem)}: ' + "; ".join(reasons))
     return ("eager" if reasons else "triton"), reasons
@@ -86,45 +92,37 @@ def choose(problem: Problem, impl: str) -> tuple[str, list[str]]:
 
 def run(problem: Problem, impl: str) -> Tensor:
     """Run the implementation that `choose` named."""
-    return _triton(problem) if impl == "triton" else eager.decoupled_attention(problem)
+    return prepare(problem)(problem.query) if impl == "triton" else eager.decoupled_attention(problem)
 
 
-def _triton(problem: Problem) -> Tensor:
+def prepare(problem: Problem) -> "Launch":
+    """The launch for a problem, its query aside: for a query of the same shape, dtype and device."""
     query = problem.query
-    batch, heads, queries, head_dim = query.shape
-    config = launch_config(query.device, query.dtype, head_dim, queries)
+    config = launch_config(query.device, query.dtype, query.shape[3], query.shape[2])
     kernel = kernel_module()
     assert config is not None, "call_reasons was empty"
     assert kernel is not None, "call_reasons was empty"
-    out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=query.device).transpose(1, 2)
-    with _on(query.device):
-        kernel.launch(
-            out,
-            query,
-            tuple(key.expand(batch, -1, -1, -1) for key in problem.keys),
-            tuple(value.expand(batch, -1, -1, -1) for value in problem.values),
-            _scales_for_kernel(problem),
-            tuple(None if mask is None else _mask_for_kernel(mask, query) for mask in problem.masks),
-            problem.softmax_scale,
-            allows_tf32(query.device),
-            config,
-        )
-    return out
-
-
-def _on(device: torch.device) -> torch.cuda.device:
-    # Triton launches on the current device; an index of -1 leaves it alone
-    return torch.cuda.device(device if device.type == "cuda" else -1)
+    masks = tuple(None if mask is None else _mask_for_kernel(mask, query) for mask in problem.masks)
+    return kernel.Launch(  # type: ignore[no-any-return]
+        query.shape,
+        problem.keys,
+        problem.values,
+        _scales_for_kernel(problem),
+        masks,
+        problem.softmax_scale,
+        allows_tf32(query.device),
+        config,
+    )
 
 
 def _scales_for_kernel(problem: Problem) -> Tensor | None:
-    """[B, n] in float32 on the device of the query."""
+    """[B or 1, n] in float32 on the device of the query."""
     if not problem.masks:
         return None
     scales = problem.scales
     if not isinstance(scales, Tensor):
-        scales = _scales_on_device(scales, problem.query.device)
-    return _to_device(scales.to(torch.float32), problem.query.device).expand(problem.query.shape[0], -1)
+        return _scales_on_device(scales, problem.query.device)
+    return _to_device(scales.to(torch.float32), problem.query.device)
 
 
 @functools.lru_cache(maxsize=256)
@@ -141,7 +139,5 @@ def _to_device(scales: Tensor, device: torch.device) -> Tensor:
 
 
 def _mask_for_kernel(mask: Tensor, query: Tensor) -> Tensor:
-    """[B, M] with unit last stride, in a dtype that the kernel reads."""
-    if mask.dtype not in (torch.float32, query.dtype):
-        mask = mask.to(torch.float32)
-    return (mask if mask.stride(1) == 1 else mask.contiguous()).expand(query.shape[0], -1)
+    """[B or 1, M] in a dtype that the kernel reads."""
+    return mask if mask.dtype in (torch.float32, query.dtype) else mask.to(torch.float32)

@@ -20,11 +20,11 @@ _BITS = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32}
 
 @functools.cache
 def _import_kernel() -> ModuleType:
-    return importlib.import_module("ipa_kernels.kernels.decoupled_attention")
+    return importlib.import_module("ipa_kernels.kernels.launch")
 
 
 def kernel_module() -> ModuleType | None:
-    """`ipa_kernels.kernels.decoupled_attention`, or None where triton cannot be imported."""
+    """`ipa_kernels.kernels.launch`, or None where triton cannot be imported."""
     try:
         return _import_kernel()
     except ImportError:
@@ -89,10 +89,37 @@ def automatic_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     return []
 
 
+def slower_reasons(problem: Problem) -> list[str]:
+    """Why `impl="auto"` prefers eager for the shape of this call, where the kernel could run."""
+    query, kernel = problem.query, kernel_module()
+    if query.device.type != "cuda" or (kernel is not None and kernel.INTERPRETED):
+        return []
+    batch, heads, queries, head_dim = query.shape
+    config = launch_config(query.device, query.dtype, head_dim, queries)
+    if config is None:
+        return []
+    blocks = batch * heads * -(-queries // config.block_m)
+    reason = launch_table.slower(architecture(query.device), problem.lengths, blocks)
+    return [] if reason is None else [reason]
+
+
+def _length_reasons(problem: Problem) -> list[str]:
+    """Why the table refuses the lengths of the image branches, where it does not refuse the head dim already."""
+    query, kernel = problem.query, kernel_module()
+    if query.device.type != "cuda" or query.dtype not in _BITS or (kernel is not None and kernel.INTERPRETED):
+        return []
+    arch, bits, head_dim = architecture(query.device), _BITS[query.dtype], query.shape[3]
+    if launch_table.refusal(arch, bits, head_dim) is not None:
+        return []
+    refused = launch_table.refusal(arch, bits, head_dim, max(problem.lengths[1:], default=0))
+    return [] if refused is None else [refused]
+
+
 def call_reasons(problem: Problem) -> list[str]:
     """Why the kernel cannot run this very call; empty where it can."""
     query = problem.query
     reasons = layer_reasons(query.device, query.dtype, query.shape[3])
+    reasons += _length_reasons(problem)
     if problem.attn_mask is not None:
         reasons.append("attn_mask: the kernel takes no bias on the text branch")
     if not 1e-30 < problem.softmax_scale < 1e30:

@@ -1,0 +1,114 @@
+"""Launch the kernel. What does not change from call to call is settled once, and nothing is validated: see `ops`."""
+
+import functools
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .decoupled_attention import decoupled_attention_kernel
+from .launch_table import LaunchConfig
+from .variant import INTERPRETED, Variant, source, variant, vector
+
+
+class Launch:
+    """A launch with everything but the query settled.
+
+    shape: [B, H, M, D] of the query; keys, values: [B or 1, H, N, D], text first; scales: [B or 1, n] float32, None without
+    an image branch; masks: [B or 1, M] or None, one per image branch. All on one device, all but scales and masks of one
+    dtype. It keeps what it was given: the memory that it points to stays where it is.
+    """
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        keys: tuple[Tensor, ...],
+        values: tuple[Tensor, ...],
+        scales: Tensor | None,
+        masks: tuple[Tensor | None, ...],
+        softmax_scale: float,
+        tf32: bool,
+        config: LaunchConfig,
+    ) -> None:
+        batch, heads, queries, head_dim = shape
+        self.shape, self.dtype, self.device = shape, keys[0].dtype, keys[0].device
+        dtype = _name(self.dtype)
+        lengths = tuple(key.shape[2] for key in keys)
+        self.variant = variant(dtype, head_dim, lengths, tuple(m if m is None else _name(m.dtype) for m in masks), tf32, config)
+        self._vector = vector(dtype)
+        self._grid = (heads * triton.cdiv(queries, config.block_m), batch, 1)
+        self._packed = (queries * heads * head_dim // self._vector, head_dim // self._vector, heads * head_dim // self._vector)
+        self._compiled: Any = decoupled_attention_kernel if INTERPRETED else None
+
+        keys = tuple(_readable(key, self._vector) for key in keys)
+        values = tuple(_readable(value, self._vector) for value in values)
+        scales = scales if scales is None or scales.stride(1) == 1 else scales.contiguous()
+        masks = tuple(mask if mask is None or mask.stride(1) == 1 else mask.contiguous() for mask in masks)
+        self._before = (keys, values, scales, masks)
+        self._after = (
+            tuple(_strides(key, batch, self._vector) for key in keys),
+            tuple(_strides(value, batch, self._vector) for value in values),
+            0 if scales is None or scales.shape[0] < batch else scales.stride(0),
+            tuple(0 if mask is None or mask.shape[0] < batch else mask.stride(0) for mask in masks),
+            heads,
+            queries,
+            lengths,
+            softmax_scale * math.log2(math.e),
+            *self.variant.constants.values(),
+        )
+
+    def __call__(self, query: Tensor) -> Tensor:
+        """[B, H, M, D] to the same, stored [B, M, H, D]; on the device of the query, and its current stream."""
+        batch, heads, queries, head_dim = self.shape
+        out = torch.empty((batch, queries, heads, head_dim), dtype=self.dtype, device=self.device)
+        query = _readable(query, self._vector)
+        self._launch(out, query, _strides(query, batch, self._vector))
+        return out.transpose(1, 2)
+
+    def packed(self, query: Tensor) -> Tensor:
+        """The same for [B, M, H·D]."""
+        batch, heads, queries, head_dim = self.shape
+        if not query.is_contiguous() or query.data_ptr() % 16:
+            out = self(query.view(batch, queries, heads, head_dim).transpose(1, 2))
+            return out.transpose(1, 2).reshape(batch, queries, heads * head_dim)
+        out = torch.empty(query.shape, dtype=self.dtype, device=self.device)
+        self._launch(out, query, self._packed)
+        return out
+
+    def _launch(self, out: Tensor, query: Tensor, strides: tuple[int, int, int]) -> None:
+        if self.device.type == "cuda" and torch.cuda.current_device() != self.device.index:
+            # Triton launches on the current device
+            with torch.cuda.device(self.device):
+                return self._launch(out, query, strides)
+        if self._compiled is None:
+            self._compiled = _compiled(self.variant, self.device)
+        self._compiled[self._grid](out, query, *self._before, strides, *self._after)
+
+
+@functools.cache
+def _compiled(variant: Variant, device: torch.device) -> Any:
+    """Compiled for, and loaded on, the current device; from Triton's cache on disk where it has been compiled before."""
+    options = {"num_warps": variant.config.num_warps, "num_stages": variant.config.num_stages}
+    return triton.compile(source(variant), options=options)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _readable(tensor: Tensor, vector: int) -> Tensor:
+    """The tensor, or a packed copy where its base or its strides are not multiples of 16 bytes or overflow 32 bits."""
+    if tensor.data_ptr() % 16 == 0:
+        batch, heads, rows, last = tensor.stride()
+        aligned = not (batch % vector or heads % vector or rows % vector)
+        if aligned and last == 1 and max(batch, heads) < 2**31 * vector and rows < 2**24:
+            return tensor
+    return tensor.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _strides(tensor: Tensor, batch: int, vector: int) -> tuple[int, int, int]:
+    """Strides of batch, head and row in units of 16 bytes; that of a shared batch is 0."""
+    strides = tensor.stride()
+    return (strides[0] // vector if tensor.shape[0] == batch else 0, strides[1] // vector, strides[2] // vector)

@@ -1,0 +1,110 @@
+"""What one compilation of the kernel is made for, and the source that the compiler is given: launches and reports share it.
+
+Nothing is specialised on the values of arguments: every launch of a variant runs the very code that was compiled, and
+counted, without a GPU. What the kernel relies on instead (`launch` sees to it): bases and strides are multiples of 16 bytes.
+"""
+
+from dataclasses import dataclass
+
+import triton
+from triton.compiler import ASTSource
+
+from .decoupled_attention import decoupled_attention_kernel
+from .launch_table import LaunchConfig
+
+POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
+
+INTERPRETED = not isinstance(decoupled_attention_kernel, triton.runtime.JITFunction)
+"""Whether TRITON_INTERPRET=1 was set when this module was imported: kernels then run on the CPU, in numpy."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One softmax. whole: its number of keys where it is held whole, 0 where it is looped over. rest: of a loop, how many keys
+    at most are left after the whole blocks, in steps of 16. mask: dtype of the mask, if any.
+    """
+
+    whole: int
+    rest: int
+    mask: str | None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Everything that one compilation depends on besides the device. The text is the first branch; dtypes by torch's names."""
+
+    dtype: str
+    head_dim: int
+    branches: tuple[Branch, ...]
+    tf32: bool
+    config: LaunchConfig
+
+    @property
+    def constants(self) -> dict[str, object]:
+        """The constexpr arguments of the kernel, in its order."""
+        return {
+            "HEAD_DIM": self.head_dim,
+            "LENGTHS": tuple(branch.whole for branch in self.branches),
+            "RESTS": tuple(branch.rest for branch in self.branches),
+            "VECTOR": vector(self.dtype),
+            "BLOCK_M": self.config.block_m,
+            "BLOCK_N": self.config.block_n,
+            "PRECISION": "tf32" if self.tf32 else "ieee",
+        }
+
+
+def vector(dtype: str) -> int:
+    """The elements in 16 bytes."""
+    return 4 if dtype == "float32" else 8
+
+
+def variant(
+    dtype: str, head_dim: int, lengths: tuple[int, ...], masks: tuple[str | None, ...], tf32: bool, config: LaunchConfig
+) -> Variant:
+    """The variant for the lengths of all branches, text first, and the masks of the image branches.
+
+    One image branch that must be looped over takes all others with it: a mixture needs the registers of both.
+    """
+    text, *images = lengths
+    whole_images = max(images, default=0) <= config.whole_image_keys
+    whole = (text <= config.whole_keys and whole_images, *(whole_images,) * len(images))
+    branches = (
+        Branch(length, 0, mask) if held else Branch(0, -(-(length % config.block_n) // 16) * 16, mask)
+        for length, held, mask in zip(lengths, whole, (None, *masks), strict=True)
+    )
+    return Variant(dtype, head_dim, tuple(branches), tf32, config)
+
+
+def source(variant: Variant) -> ASTSource:
+    """The kernel with the types of its arguments, for `triton.compile`."""
+    branches = variant.branches
+    n = len(branches)
+    masks = tuple(branch.mask for branch in branches[1:])
+    pointer = POINTERS[variant.dtype]
+    signature: dict[str, object] = {
+        "out_ptr": pointer,
+        "q_ptr": pointer,
+        "k_ptrs": (pointer,) * n,
+        "v_ptrs": (pointer,) * n,
+        "scale_ptr": "*fp32" if n > 1 else "constexpr",
+        "mask_ptrs": tuple("constexpr" if mask is None else POINTERS[mask] for mask in masks),
+        "q_strides": ("i32",) * 3,
+        "k_strides": (("i32",) * 3,) * n,
+        "v_strides": (("i32",) * 3,) * n,
+        "scale_stride": "i32",
+        "mask_strides": ("i32",) * (n - 1),
+        "heads": "i32",
+        "q_len": "i32",
+        "lengths": ("i32",) * n,
+        "qk_scale": "fp32",
+    }
+    position = {name: i for i, name in enumerate(decoupled_attention_kernel.arg_names)}
+    constants: dict[tuple[int, ...], object] = {(position[name],): value for name, value in variant.constants.items()}
+    signature |= dict.fromkeys(variant.constants, "constexpr")
+    if n == 1:
+        constants[(position["scale_ptr"],)] = None
+    constants |= {(position["mask_ptrs"], i): None for i, mask in enumerate(masks) if mask is None}
+    aligned: list[tuple[int, ...]] = [(position["out_ptr"],), (position["q_ptr"],)]
+    aligned += [(position[name], i) for name in ("k_ptrs", "v_ptrs") for i in range(n)]
+    attributes = {place: [["tt.divisibility", 16]] for place in aligned}
+    return ASTSource(fn=decoupled_attention_kernel, signature=signature, constexprs=constants, attrs=attributes)
