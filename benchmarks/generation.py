@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import ipa_kernels
 from ipa_kernels import reference, tiny
+from ipa_kernels.conditioning import Memory
 from ipa_kernels.measure import interleaved, machine_facts
 from ipa_kernels.processors import unet as processors
 from ipa_kernels.session import Session
@@ -99,13 +100,13 @@ class Layer:
             self.attention.to(self.hidden.dtype)
 
     @contextmanager
-    def enabled(self, impl: str) -> Iterator[None]:
-        """In the middle of a generation of an enabled UNet, after its first step."""
+    def enabled(self, impl: str) -> Iterator[Memory]:
+        """In the middle of a generation of an enabled UNet, after its first step; what it remembers."""
         session = Session(impl, cache=True)
         processors.take_over(self.attention.processor, "layer", session, [])
         session.memory.enter(999, ())
         try:
-            yield
+            yield session.memory
         finally:
             session.memory.leave()
             processors.give_back(self.attention.processor)

@@ -26,17 +26,31 @@ class State(NamedTuple):
     held: tuple[object, ...] = ()
 
 
-class _Source:
-    """A tensor as it was, and what was computed from it."""
+class Snapshot:
+    """A tensor as it was; it is not kept alive."""
 
-    def __init__(self, tensor: Tensor, forget: Callable[[Any], None]) -> None:
+    __slots__ = ("address", "tensor", "version")
+
+    def __init__(self, tensor: Tensor, forget: Callable[[Any], None] | None = None) -> None:
         self.tensor = weakref.ref(tensor, forget)
         self.version = tensor._version
         self.address = tensor.data_ptr()
-        self.values: dict[Hashable, _Value] = {}
 
-    def is_still(self, tensor: Tensor) -> bool:
-        return self.tensor() is tensor and self.version == tensor._version and self.address == tensor.data_ptr()
+    def is_still(self, tensor: Any) -> bool:
+        """Whether this is the same tensor, and nobody has written to it."""
+        same = self.tensor() is tensor
+        return same and self.version == tensor._version and self.address == tensor.data_ptr()
+
+
+class _Source(Snapshot):
+    """A tensor as it was, what was computed from it, and the calls of layers that it was the text of."""
+
+    __slots__ = ("calls", "values")
+
+    def __init__(self, tensor: Tensor, forget: Callable[[Any], None]) -> None:
+        super().__init__(tensor, forget)
+        self.values: dict[Hashable, _Value] = {}
+        self.calls: dict[object, Any] = {}
 
 
 class _Value:
@@ -66,12 +80,14 @@ _ACTIVE = _Active()
 class Memory:
     """Everything that is remembered for one UNet.
 
-    hits: values that were found; misses: values that had to be computed while the UNet ran.
+    hits: values that were found; misses: values that had to be computed while the UNet ran; unkept: how many of those were not
+    kept, because something is in doubt.
     """
 
     def __init__(self) -> None:
         self.hits = 0
         self.misses = 0
+        self.unkept = 0
         self._sources: dict[int, _Source] = {}
         self._schedule = _Schedule()
 
@@ -99,6 +115,7 @@ class Memory:
         """`compute()`, or what it returned for the same source, key and state. Nothing is kept where state is None."""
         if state is None or not _is_plain(source):
             self.misses += 1
+            self.unkept += 1
             return compute()
         sources = self._sources
         found = sources.get(id(source))
@@ -114,7 +131,20 @@ class Memory:
         result: Any = compute()
         if all(_is_plain(tensor) for tensor in (result if isinstance(result, tuple) else (result,))):
             found.values[key] = _Value(state, result)
+        else:
+            self.unkept += 1
         return result  # type: ignore[no-any-return]
+
+    def call(self, source: object, key: object) -> Any:
+        """What `keep_call` kept for this tensor as it is now, or None."""
+        found = self._sources.get(id(source))
+        return None if found is None or not found.is_still(source) else found.calls.get(key)
+
+    def keep_call(self, source: Tensor, key: object, call: Any) -> None:
+        """Keep a whole call of a layer for as long as values of its source are kept."""
+        found = self._sources.get(id(source))
+        if found is not None and found.is_still(source):
+            found.calls[key] = call
 
     @property
     def bytes(self) -> int:
@@ -222,7 +252,7 @@ def state_of(modules: Iterable[nn.Module], known: Callable[[nn.Module], State | 
     for root in modules:
         for module in (root,) if type(root) is nn.Linear else root.modules():
             own = known(module)
-            if own is None or _is_hooked(module):
+            if own is None or is_hooked(module):
                 return None
             marks += (id(module), *own.marks)
             held += (module, *own.held)
@@ -236,7 +266,7 @@ def state_of(modules: Iterable[nn.Module], known: Callable[[nn.Module], State | 
     return State(tuple(marks), tuple(held))
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     """Whether something else takes part in a call of a module: hooks of torch, accelerate or diffusers."""
     own = vars(module)
     return bool(
