@@ -22,6 +22,8 @@ TITLES = {
     "sweep": "Cost as work grows",
     "unet_step": "UNet step",
     "generation": "Once per generation",
+    "host": "On the host",
+    "growth": "Cost as work grows, counted without a GPU",
 }
 
 Document = dict[str, Any]
@@ -144,7 +146,30 @@ def generation(document: Document) -> list[str]:
     return parts
 
 
-SECTIONS = {"attention": attention, "sweep": sweep, "unet_step": unet_step, "generation": generation}
+def host(document: Document) -> list[str]:
+    """Microseconds of a call up to the launch, and the share of stock's."""
+    names = ("stock", "first", "later", "forward", "projections")
+    rows = [
+        [row["adapters"], row["launch"], *(_microseconds(row["seconds"][name]) for name in names), _number(row["ratio"], 2)]
+        for row in document["rows"]
+    ]
+    header = ["adapters", "launch", *(f"{name}, us" for name in names), "later of stock"]
+    return [_table(header, rows)]
+
+
+def growth(document: Document) -> list[str]:
+    """One table per sweep: matrix instructions, launches, bytes."""
+    keys = ("mma", "min_mma", "registers", "spill_bytes", "blocks", "launches", "stock launches", "bytes", "stock bytes")
+    header = ["mma per 16 queries", "least", *keys[2:]]
+    return [f"Compiled for {document['arch']}, float16."] + [
+        _table([name, *header], [[row["x"], *(row.get(key, row.get("refused", "")) for key in keys)] for row in rows])
+        for name, rows in document["tables"].items()
+    ]
+
+
+SECTIONS = {
+    "attention": attention, "sweep": sweep, "unet_step": unet_step, "generation": generation, "host": host, "growth": growth,
+}  # fmt: skip
 
 
 def _ceilings(document: Document) -> str:

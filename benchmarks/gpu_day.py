@@ -65,6 +65,7 @@ def steps(device: str) -> list[Step]:
             _driver("sweep", 60, device, "attention", "--sweep", "--rounds", "3"),
             _driver("unet_step", 60, device, "unet_step", "--rounds", "3"),
             _driver("generation", 60, device, "generation", "--rounds", "1", "--steps", "3", "--model"),
+            _driver("host", 60, device, "host", "--rounds", "3", "--adapters", "one"),
         ]
     compiled = ("--model", "sd15", "--modes", "compiled", "--adapters", "none", "one", "--compile-seconds", "60")
     return [
@@ -74,6 +75,7 @@ def steps(device: str) -> list[Step]:
         _driver("unet_step_sdxl", 110, device, "unet_step", "--model", "sdxl", "--rounds", "5"),
         _driver("unet_step_sd15", 60, device, "unet_step", "--model", "sd15"),
         _driver("sweep", 60, device, "attention", "--sweep", "--rounds", "10", "--seconds", "40"),
+        _driver("host", 30, device, "host", "--rounds", "5"),
         _driver("generation", 60, device, "generation", "--rounds", "5", "--adapters", "one", "three masked"),
         _driver("unet_step_compiled", 110, device, "unet_step", *compiled),
     ]
