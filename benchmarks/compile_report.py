@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
@@ -31,6 +32,7 @@ from ipa_kernels.kernels import launch_table
 from ipa_kernels.kernels.decoupled_attention import decoupled_attention_kernel
 from ipa_kernels.kernels.launch_table import LaunchConfig
 from ipa_kernels.kernels.variant import INTERPRETED, Variant, source, variant
+from ipa_kernels.measure import machine_facts
 
 from .disassembly import Count, count
 
@@ -117,7 +119,7 @@ def measure(entry: Entry) -> Count:
         if entry.arch.startswith("gfx")
         else GPUTarget("cuda", int(entry.arch.removeprefix("sm_")), 32)
     )
-    options = {"num_warps": entry.config.num_warps, "num_stages": entry.config.num_stages}
+    options = launch_table.options(entry.config)
     return count(triton.compile(source(entry.variant), target=target, options=options), _query_lines())
 
 
@@ -181,12 +183,25 @@ def _bits(dtype: str) -> int:
 def row(entry: Entry, counted: Count) -> dict[str, Any]:
     """What `--json` writes for an entry."""
     return {
-        **asdict(entry),
+        "arch": entry.arch,
+        "dtype": entry.dtype,
+        "head_dim": entry.head_dim,
+        "lengths": entry.lengths,
+        "masked": entry.masked,
+        "block_m": entry.config.block_m,
+        "num_warps": entry.config.num_warps,
         **asdict(counted),
         "min_mma": min_mma(entry, counted),
-        "occupancy": occupancy(entry, counted),
+        "occupancy": round(occupancy(entry, counted), 3),
         "faults": faults(entry, counted),
     }
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A line for each row."""
+    facts = json.dumps(machine_facts(torch.device("cpu")))
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path.write_text(f'{{"benchmark": "compile_report", "machine": {facts}, "rows": [\n{lines}\n]}}\n')
 
 
 def main() -> int:
@@ -216,8 +231,7 @@ def main() -> int:
         for dtype in arguments.dtype:
             print(f"{arch} {dtype}: {'; '.join(launch_table.refusals(arch, _bits(dtype)))}")
     if arguments.json:
-        document = {"benchmark": "compile_report", "triton": triton.__version__, "rows": rows}
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        write(arguments.json, rows)
     return 1 if unfit else 0
 
 

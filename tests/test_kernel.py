@@ -137,16 +137,27 @@ def test_unusual_image_scales(scale: float, dtype: torch.dtype, device: torch.de
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_weights_beyond_float16(dtype: torch.dtype, device: torch.device) -> None:
-    # 1e5 overflows float16, its product with these values does not
-    inputs = random_inputs(1, 4, 65, 64, (77, 16), dtype, device, masked=False)
-    inputs.image_scales.fill_(1e5)
-    small = tuple(value * 1e-2 for value in inputs.image_values)
+@pytest.mark.parametrize("length", [16, 257])
+@pytest.mark.parametrize(("weight", "mask"), [(1e5, None), (-1e5, 1e-3), (200.0, 6e4), (1e-6, None), (3e-5, 0.5)])
+def test_weights_beyond_float16(
+    weight: float, mask: float | None, length: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """1e5, and 200 times a mask of 6e4, overflow float16, 1e-6 vanishes there; their products with these values do not."""
+    inputs = random_inputs(1, 4, 65, 64, (77, length), dtype, device, masked=False)
+    inputs.image_scales.fill_(weight)
+    masks = (None if mask is None else torch.full((65,), mask, dtype=dtype, device=device),)
+    size = weight * (1.0 if mask is None else mask)
+    image_values = tuple((value / size).clamp(-6e4, 6e4) for value in inputs.image_values)
     positional, _ = inputs.arguments()
-    actual = decoupled_attention(*positional[:4], small, image_scales=inputs.image_scales, impl="triton")
+    # no text to hide an error behind
+    arguments = positional[0], positional[1], torch.zeros_like(positional[2]), positional[3], image_values
+    actual = decoupled_attention(*arguments, image_scales=inputs.image_scales, image_masks=masks, impl="triton")
     exact, keywords = inputs.to(torch.float64).arguments()
-    truth = reference.decoupled_attention(*exact[:4], [s.double() for s in small], **keywords)
-    assert (actual.double() - truth).abs().max() < 4 * torch.finfo(dtype).eps * truth.abs().max()
+    keywords["image_masks"] = tuple(None if m is None else m.double() for m in masks)
+    truth = reference.decoupled_attention(
+        exact[0], exact[1], torch.zeros_like(exact[2]), exact[3], [v.double() for v in image_values], **keywords
+    )
+    assert (actual.double() - truth).abs().max() < 8 * torch.finfo(dtype).eps * truth.abs().max()
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # numpy, in the interpreter, for the poisoned row

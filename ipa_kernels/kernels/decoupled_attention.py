@@ -156,6 +156,12 @@ def _factor(weight, mask, row_sum):
 
 
 @triton.jit
+def _of_head(pointer, strides, batch, head, VECTOR: tl.constexpr):
+    """Where a head begins; batch and head are int64, strides of batch, head and row in units of VECTOR elements, 16 bytes."""
+    return pointer + (batch * strides[0] + head * strides[1]) * VECTOR
+
+
+@triton.jit
 def decoupled_attention_kernel(
     out_ptr, q_ptr, k_ptrs, v_ptrs, scale_ptr, mask_ptrs,
     q_strides, k_strides, v_strides, scale_stride, mask_strides,
@@ -171,33 +177,29 @@ def decoupled_attention_kernel(
     rows = tl.arange(0, BLOCK_M)
     in_range = rows < q_len - first
 
-    q_base = q_ptr + (batch * q_strides[0] + head * q_strides[1] + first * q_strides[2]) * VECTOR
+    q_base = _of_head(q_ptr, q_strides, batch, head, VECTOR) + first * q_strides[2] * VECTOR
     q = load_rows(q_base, q_strides[2] * VECTOR, in_range, HEAD_DIM, BLOCK_M)
 
-    acc = ()
-    for i in tl.static_range(len(k_ptrs)):
-        k_base = k_ptrs[i] + (batch * k_strides[i][0] + head * k_strides[i][1]) * VECTOR
-        v_base = v_ptrs[i] + (batch * v_strides[i][0] + head * v_strides[i][1]) * VECTOR
-        k_stride = k_strides[i][2] * VECTOR
-        v_stride = v_strides[i][2] * VECTOR
-        if i == 0:
-            acc = _text(
-                q, k_base, v_base, k_stride, v_stride, lengths[i], qk_scale,
+    acc = _text(
+        q, _of_head(k_ptrs[0], k_strides[0], batch, head, VECTOR), _of_head(v_ptrs[0], v_strides[0], batch, head, VECTOR),
+        k_strides[0][2] * VECTOR, v_strides[0][2] * VECTOR, lengths[0], qk_scale,
+        HEAD_DIM, LENGTHS[0], RESTS[0], BLOCK_M, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    for i in tl.static_range(1, len(k_ptrs)):
+        weight = tl.load(scale_ptr + batch * scale_stride + (i - 1))
+        # a branch of scale 0 is not read at all: it may hold anything, NaN included
+        if weight != 0.0:
+            if mask_ptrs[i - 1] is None:
+                mask = None
+            else:
+                mask_base = mask_ptrs[i - 1] + batch * mask_strides[i - 1] + first
+                mask = tl.load(mask_base + rows, mask=in_range, other=0.0).to(tl.float32)
+            acc = _add_image(
+                acc, q,
+                _of_head(k_ptrs[i], k_strides[i], batch, head, VECTOR), _of_head(v_ptrs[i], v_strides[i], batch, head, VECTOR),
+                k_strides[i][2] * VECTOR, v_strides[i][2] * VECTOR, lengths[i], qk_scale, weight, mask,
                 HEAD_DIM, LENGTHS[i], RESTS[i], BLOCK_M, BLOCK_N, PRECISION,
             )  # fmt: skip
-        else:
-            weight = tl.load(scale_ptr + batch * scale_stride + (i - 1))
-            # a branch of scale 0 is not read at all: it may hold anything, NaN included
-            if weight != 0.0:
-                if mask_ptrs[i - 1] is None:
-                    mask = None
-                else:
-                    mask_base = mask_ptrs[i - 1] + batch * mask_strides[i - 1] + first
-                    mask = tl.load(mask_base + rows, mask=in_range, other=0.0).to(tl.float32)
-                acc = _add_image(
-                    acc, q, k_base, v_base, k_stride, v_stride, lengths[i], qk_scale, weight, mask,
-                    HEAD_DIM, LENGTHS[i], RESTS[i], BLOCK_M, BLOCK_N, PRECISION,
-                )  # fmt: skip
 
     # the output is packed [B, M, H, D]
     row_stride = heads * HEAD_DIM

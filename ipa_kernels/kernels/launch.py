@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from .decoupled_attention import decoupled_attention_kernel
-from .launch_table import LaunchConfig
+from .launch_table import LaunchConfig, options
 from .variant import INTERPRETED, Variant, source, variant, vector
 
 
@@ -90,8 +90,7 @@ class Launch:
 @functools.cache
 def _compiled(variant: Variant, device: torch.device) -> Any:
     """Compiled for, and loaded on, the current device; from Triton's cache on disk where it has been compiled before."""
-    options = {"num_warps": variant.config.num_warps, "num_stages": variant.config.num_stages}
-    return triton.compile(source(variant), options=options)
+    return triton.compile(source(variant), options=options(variant.config))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -14,11 +14,12 @@ ANY = 2**63
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How one launch is cut.
+    """How one launch is cut: block_m, block_n, whole_keys, whole_image_keys, and what is named in the table.
 
     block_m: queries per program. whole_keys, whole_image_keys: a text or an image branch of up to this many keys is held whole
     in registers, a longer one is looped over. block_n: keys per step of that loop. num_warps, num_stages: as in Triton.
-    max_image_keys: an image branch of more keys is refused.
+    max_image_keys: an image branch of more keys is refused. max_registers: of a thread, None where the compiler decides; it may
+    spill a few to make room for another block.
     """
 
     block_m: int
@@ -28,6 +29,7 @@ class LaunchConfig:
     num_warps: int
     num_stages: int = 2
     max_image_keys: int = ANY
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -103,26 +105,19 @@ def _dims(first: int, last: int) -> range:
 
 
 # The first row that fits wins. Where mma.sync computes, a warp has 16 rows: with more it spills, and warps that share rows
-# repeat each other's products. Four such warps are a block: of blocks twice the size fewer fit a processor, by their registers.
+# repeat each other's products. Whether four or eight such warps are a block is decided by which of the two spills nowhere.
 TABLE = (
-    Row(MMA, 16, _dims(8, 64), ANY, LaunchConfig(64, 32, whole_keys=128, whole_image_keys=32, num_warps=4)),
-    Row(MMA, 16, _dims(72, 80), ANY, LaunchConfig(64, 16, whole_keys=128, whole_image_keys=32, num_warps=4)),
-    Row(AMPERE, 16, _dims(88, 96), ANY, LaunchConfig(64, 16, whole_keys=128, whole_image_keys=32, num_warps=4)),
-    Row(
-        SM_120,
-        16,
-        _dims(88, 96),
-        ANY,
-        LaunchConfig(64, 16, whole_keys=128, whole_image_keys=32, num_warps=4, max_image_keys=32),
-    ),
-    Row(
-        MMA, 16, _dims(120, 128), ANY, LaunchConfig(64, 16, whole_keys=128, whole_image_keys=32, num_warps=4, max_image_keys=32)
-    ),
-    Row(MMA, 16, _dims(104, 160), ANY, LaunchConfig(64, 16, whole_keys=0, whole_image_keys=32, num_warps=4, max_image_keys=32)),
-    Row(WGMMA, 16, _dims(8, 64), 1023, LaunchConfig(64, 64, whole_keys=128, whole_image_keys=128, num_warps=4)),
-    Row(WGMMA, 16, _dims(8, 96), 1023, LaunchConfig(64, 32, whole_keys=128, whole_image_keys=64, num_warps=4)),
-    Row(WGMMA, 16, _dims(8, 96), ANY, LaunchConfig(128, 64, whole_keys=128, whole_image_keys=64, num_warps=8)),
-    Row(WGMMA, 16, _dims(104, 160), ANY, LaunchConfig(128, 16, whole_keys=128, whole_image_keys=32, num_warps=8)),
+    Row(MMA, 16, _dims(8, 56), ANY, LaunchConfig(128, 32, 128, 32, num_warps=8)),
+    Row(MMA, 16, _dims(64, 64), ANY, LaunchConfig(64, 32, 128, 32, num_warps=4)),
+    Row(MMA, 16, _dims(72, 80), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8, max_registers=255)),
+    Row(AMPERE, 16, _dims(88, 96), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8)),
+    Row(SM_120, 16, _dims(88, 96), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8, max_image_keys=32)),
+    Row(MMA, 16, _dims(120, 128), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8, max_image_keys=32)),
+    Row(MMA, 16, _dims(104, 160), ANY, LaunchConfig(128, 16, 0, 32, num_warps=8, max_image_keys=32)),
+    Row(WGMMA, 16, _dims(8, 64), 1023, LaunchConfig(64, 64, 128, 128, num_warps=4)),
+    Row(WGMMA, 16, _dims(8, 96), 1023, LaunchConfig(64, 32, 128, 64, num_warps=4)),
+    Row(WGMMA, 16, _dims(8, 96), ANY, LaunchConfig(128, 64, 128, 64, num_warps=8)),
+    Row(WGMMA, 16, _dims(104, 160), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8)),
     Row(CDNA, 16, _dims(8, 160), ANY, LaunchConfig(128, 64, 128, 32, num_warps=4, num_stages=1)),
     Row(RDNA3, 16, _dims(8, 64), ANY, LaunchConfig(64, 16, 80, 16, num_warps=4, num_stages=1)),
     Row(RDNA3, 16, _dims(72, 80), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, num_stages=1)),
@@ -130,11 +125,17 @@ TABLE = (
     Row(RDNA4, 16, _dims(8, 96), ANY, LaunchConfig(64, 32, 128, 32, num_warps=4, num_stages=1)),
     Row(RDNA4, 16, _dims(104, 160), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, num_stages=1, max_image_keys=16)),
     # IEEE float32 has no tensor cores: small tiles, for the sake of registers and compile time
-    Row(tuple(SHARED_MEMORY), 32, _dims(8, 160), ANY, LaunchConfig(32, 32, whole_keys=80, whole_image_keys=32, num_warps=4)),
+    Row(tuple(SHARED_MEMORY), 32, _dims(8, 160), ANY, LaunchConfig(32, 32, 80, 32, num_warps=4)),
 )
 
 # Triton's interpreter has no registers to run out of.
 INTERPRETED = LaunchConfig(64, block_n=64, whole_keys=128, whole_image_keys=128, num_warps=4)
+
+
+def options(config: LaunchConfig) -> dict[str, int]:
+    """The compiler's options of a config, by Triton's names."""
+    known = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return known if config.max_registers is None else {**known, "maxnreg": config.max_registers}
 
 
 def find(arch: str, bits: int, head_dim: int, queries: int) -> LaunchConfig | None:

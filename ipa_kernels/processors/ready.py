@@ -50,6 +50,7 @@ class Ready:
             places += [(processor._modules[name]._modules, str(adapter)) for name in ("to_k_ip", "to_v_ip")]
         self._projections = [_projection(modules, name) for modules, name in places]
         self._query = problem.query.dtype, problem.query.device
+        self._heads = problem.query.shape[1]
         self._problem = problem.keys, problem.values, problem.scales, problem.masks, problem.attn_mask, problem.softmax_scale
         self._launch = prepare(problem) if impl == "triton" else None
 
@@ -76,15 +77,18 @@ class Ready:
                 return False
         return all(projection.is_still() for projection in self._projections)
 
-    def run(self, attn: Attention, hidden_states: Tensor) -> Tensor | None:
-        """[B, M, H·D] before the output projection; None where the query is not what it was."""
+    def query(self, attn: Attention, hidden_states: Tensor) -> Tensor | None:
+        """[B, M, H·D]; None where the projection does not return what it did."""
         query = attn._modules["to_q"](hidden_states)
-        if type(query) is not Tensor or (query.dtype, query.device) != self._query or query.ndim != 3:
-            return None
+        expected = type(query) is Tensor and (query.dtype, query.device) == self._query and query.ndim == 3
+        return query if expected else None
+
+    def attend(self, query: Tensor) -> Tensor:
+        """[B, M, H·D] to the same, before the output projection."""
         if self._launch is not None:
             return self._launch.packed(query)
         batch, queries, channels = query.shape
-        heads = query.view(batch, queries, attn.heads, -1).transpose(1, 2)
+        heads = query.view(batch, queries, self._heads, -1).transpose(1, 2)
         return run(Problem(heads, *self._problem), self.impl).transpose(1, 2).reshape(batch, queries, channels)
 
 

@@ -105,12 +105,14 @@ class _Fused:
             layer.record("stock", reasons)
             return replaced()
         layer.record(chosen, reasons)
+        query = problem.query.transpose(1, 2).flatten(2)
         if memory is not None and before is not None and memory.unkept == before[0]:
             values = memory.hits + memory.misses - before[1]
             inputs = hidden_states, (text, images), ip_adapter_masks
-            memory.keep_call(text, layer, Ready(self, attn, *inputs, problem, chosen, layer.reason, values))
-        out = run(problem, chosen)
-        return _project_out(attn, out.transpose(1, 2).reshape(hidden_states.shape[0], hidden_states.shape[1], -1))
+            ready = Ready(self, attn, *inputs, problem, chosen, layer.reason, values)
+            memory.keep_call(text, layer, ready)
+            return _project_out(attn, ready.attend(query))
+        return _project_out(attn, run(problem, chosen).transpose(1, 2).reshape(query.shape))
 
     @staticmethod
     def softmax_scale(attn: Attention) -> float | None:
@@ -137,13 +139,13 @@ def _again(
         return None
     if len(states) != 2 or not ready.fits(processor, attn, hidden_states, states, masks):
         return None
-    out = ready.run(attn, hidden_states)
-    if out is None:
+    query = ready.query(attn, hidden_states)
+    if query is None:
         return None
     memory.hits += ready.values
     layer.impl, layer.reason = ready.impl, ready.reason
     layer.calls += 1
-    return _project_out(attn, out)
+    return _project_out(attn, ready.attend(query))
 
 
 def _project_out(attn: Any, out: Tensor) -> Tensor:
