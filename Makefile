@@ -61,8 +61,9 @@ bench: $(READY) ## compare the attention core and a generation with stock, after
 bench-micro: $(READY) ## the micro-benchmarks that CI can track
 	@$(BIN)/python -m pytest tests/test_micro_benchmarks.py --benchmark-only
 
-compile-report: $(READY) ## compile the launch table for every GPU, without one, and count
+compile-report: $(READY) ## compile the launch table for every GPU, without one, and count (half an hour on two cores)
 	@$(BIN)/python -m benchmarks.compile_report
+	@$(BIN)/python -m benchmarks.growth
 
 clean: ## remove .venv and caches
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks

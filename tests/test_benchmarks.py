@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ipa_kernels
-from benchmarks import attention, figures, generation, gpu_day, peers, plots, sweeps, unet_models, unet_step
+from benchmarks import attention, figures, generation, gpu_day, host, peers, plots, sweeps, unet_models, unet_step
 from ipa_kernels import conditioning, decoupled_attention, reference, replay
 from ipa_kernels.cases import CASES
 
@@ -385,3 +385,31 @@ def test_a_day_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"results.json", "summary.json", "report.md", "log.txt", "sweep.png"}
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names)
+
+
+def test_the_host_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.undo()
+    file = tmp_path / "host.json"
+    monkeypatch.setattr(host, "CALLS", 3)
+    monkeypatch.setattr(
+        "sys.argv", ["host", "--device", "cpu", "--rounds", "1", "--adapters", "one masked", "--json", str(file)]
+    )
+    assert host.main() == 0
+    (row,) = json.loads(file.read_text())["rows"]
+    seconds = {name: timing["median"] for name, timing in row["seconds"].items()}
+    assert row["launch"] == "stubbed"
+    assert row["ratio"] == pytest.approx(seconds["later"] / seconds["stock"])
+    assert seconds["later"] < seconds["first"], "a later call found nothing ready"
+    report = figures.report(figures.documents(tmp_path))
+    assert f"| one masked | stubbed | {1e6 * seconds['stock']:.1f} (" in report
+    assert "microseconds per call of a layer on the host, the launch stubbed" in capsys.readouterr().out
+
+
+def test_tables_of_counted_growth() -> None:
+    row = {"x": 3, "mma": 128, "min_mma": 127, "registers": 155, "spill_bytes": 0, "blocks": 640, "launches": 1}
+    row |= {"stock launches": 10, "bytes": 21610000, "stock bytes": 241810000}
+    refused = {"x": 9, "refused": "257 image keys: above 32 the kernel spills registers"}
+    document = {"benchmark": "growth", "machine": {}, "arch": "sm_80", "tables": {"adapters": [row, refused]}}
+    report = figures.report([document])
+    assert "| 3 | 128 | 127 | 155 | 0 | 640 | 1 | 10 | 21610000 | 241810000 |" in report
+    assert "| 9 | 257 image keys: above 32 the kernel spills registers |" in report
