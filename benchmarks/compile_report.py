@@ -35,6 +35,7 @@ from ipa_kernels.kernels.variant import INTERPRETED, Variant, source, variant
 from ipa_kernels.measure import machine_facts
 
 from .disassembly import Count, count
+from .occupancy import occupancy
 
 HEAD_DIMS = tuple(range(8, 161, 8))
 USED_HEAD_DIMS = (40, 64, 80, 128, 160)
@@ -163,15 +164,6 @@ def faults(entry: Entry, counted: Count) -> list[str]:
     return found
 
 
-def occupancy(entry: Entry, counted: Count) -> float:
-    """The share of a processor's warps that registers and shared memory leave room for, estimated."""
-    device = launch_table.PROCESSORS[entry.arch]
-    per_warp = _up(counted.registers, 8) * device.lanes
-    by_registers = device.registers // per_warp // entry.config.num_warps
-    by_shared = device.shared // (counted.shared_bytes + device.reserved) if counted.shared_bytes else by_registers
-    return min(by_registers, by_shared, device.warps // entry.config.num_warps) * entry.config.num_warps / device.warps
-
-
 def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
@@ -192,7 +184,7 @@ def row(entry: Entry, counted: Count) -> dict[str, Any]:
         "num_warps": entry.config.num_warps,
         **asdict(counted),
         "min_mma": min_mma(entry, counted),
-        "occupancy": round(occupancy(entry, counted), 3),
+        "occupancy": round(occupancy(entry.arch, entry.config.num_warps, counted), 3),
         "faults": faults(entry, counted),
     }
 

@@ -14,7 +14,7 @@ ANY = 2**63
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How one launch is cut: block_m, block_n, whole_keys, whole_image_keys, and what is named in the table.
+    """How one launch is cut.
 
     block_m: queries per program. whole_keys, whole_image_keys: a text or an image branch of up to this many keys is held whole
     in registers, a longer one is looped over. block_n: keys per step of that loop. num_warps, num_stages: as in Triton.
@@ -43,19 +43,6 @@ class Row:
     config: LaunchConfig
 
 
-@dataclass(frozen=True)
-class Processor:
-    """One multiprocessor or compute unit: 32-bit registers, warps and shared memory that the blocks on it share, lanes of a
-    warp, bytes of shared memory that each block costs besides its own.
-    """
-
-    registers: int
-    warps: int
-    shared: int
-    lanes: int = 32
-    reserved: int = 1024
-
-
 # Shared memory that one block may use, in bytes. NVIDIA: CUDA C++ Programming Guide, table "Technical Specifications per
 # Compute Capability", row "Maximum amount of shared memory per thread block". AMD: the local data share of a workgroup,
 # 64 KiB, CDNA 3 and RDNA ISA reference guides.
@@ -74,18 +61,6 @@ SHARED_MEMORY = {
     "gfx1100": 64 * 1024,
     "gfx1201": 64 * 1024,
 }
-
-# The same sources, for the estimate of occupancy.
-_AMPERE = Processor(65536, 64, 164 * 1024)
-_ADA = Processor(65536, 48, 100 * 1024)
-_HOPPER = Processor(65536, 64, 228 * 1024)
-_CDNA = Processor(4 * 512 * 64, 32, 64 * 1024, lanes=64, reserved=0)
-_RDNA = Processor(4 * 1536 * 32, 64, 128 * 1024, reserved=0)
-PROCESSORS = {
-    "sm_80": _AMPERE, "sm_86": _ADA, "sm_87": Processor(65536, 48, 164 * 1024), "sm_89": _ADA,
-    "sm_90": _HOPPER, "sm_100": _HOPPER, "sm_103": _HOPPER, "sm_120": _ADA, "sm_121": _ADA,
-    "gfx90a": _CDNA, "gfx942": _CDNA, "gfx1100": _RDNA, "gfx1201": _RDNA,
-}  # fmt: skip
 
 COMPILED = tuple(arch for arch in SHARED_MEMORY if arch not in ("sm_87", "sm_103", "sm_121"))
 """What the report compiles; the others share the code of a sibling: sm_87 of sm_86, sm_103 of sm_100, sm_121 of sm_120."""
@@ -106,6 +81,7 @@ def _dims(first: int, last: int) -> range:
 
 # The first row that fits wins. Where mma.sync computes, a warp has 16 rows: with more it spills, and warps that share rows
 # repeat each other's products. Whether four or eight such warps are a block is decided by which of the two spills nowhere.
+# LaunchConfig(block_m, block_n, whole_keys, whole_image_keys, ...)
 TABLE = (
     Row(MMA, 16, _dims(8, 56), ANY, LaunchConfig(128, 32, 128, 32, num_warps=8)),
     Row(MMA, 16, _dims(64, 64), ANY, LaunchConfig(64, 32, 128, 32, num_warps=4)),
