@@ -399,7 +399,6 @@ def test_the_host_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     seconds = {name: timing["median"] for name, timing in row["seconds"].items()}
     assert row["launch"] == "stubbed"
     assert row["ratio"] == pytest.approx(seconds["later"] / seconds["stock"])
-    assert seconds["later"] < seconds["first"], "a later call found nothing ready"
     report = figures.report(figures.documents(tmp_path))
     assert f"| one masked | stubbed | {1e6 * seconds['stock']:.1f} (" in report
     assert "microseconds per call of a layer on the host, the launch stubbed" in capsys.readouterr().out
