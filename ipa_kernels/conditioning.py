@@ -43,14 +43,23 @@ class Snapshot:
 
 
 class _Source(Snapshot):
-    """A tensor as it was, what was computed from it, and the calls of layers that it was the text of."""
+    """A tensor as it was, what was computed from it, the calls of layers that it was the text of, and those of other texts that
+    it was an image or a mask of.
+    """
 
-    __slots__ = ("calls", "values")
+    __slots__ = ("calls", "others", "values")
 
     def __init__(self, tensor: Tensor, forget: Callable[[Any], None]) -> None:
         super().__init__(tensor, forget)
         self.values: dict[Hashable, _Value] = {}
         self.calls: dict[object, Any] = {}
+        self.others: list[tuple[_Source, object]] = []
+
+    def drop(self) -> None:
+        """Let go of everything, at once and not when a cycle is collected."""
+        for text, key in self.others:
+            text.calls.pop(key, None)
+        self.values, self.calls, self.others = {}, {}, []
 
 
 class _Value:
@@ -109,11 +118,13 @@ class Memory:
 
     def forget(self) -> None:
         """Drop every value."""
-        self._sources = {}
+        sources, self._sources = self._sources, {}
+        while sources:
+            sources.popitem()[1].drop()
 
     def recall(self, source: Tensor, key: Hashable, state: State | None, compute: Callable[[], T]) -> T:
         """`compute()`, or what it returned for the same source, key and state. Nothing is kept where state is None."""
-        if state is None or not _is_plain(source):
+        if state is None or not is_plain(source):
             self.misses += 1
             self.unkept += 1
             return compute()
@@ -129,7 +140,7 @@ class Memory:
             return value.result  # type: ignore[no-any-return]
         self.misses += 1
         result: Any = compute()
-        if all(_is_plain(tensor) for tensor in (result if isinstance(result, tuple) else (result,))):
+        if all(is_plain(tensor) for tensor in (result if isinstance(result, tuple) else (result,))):
             found.values[key] = _Value(state, result)
         else:
             self.unkept += 1
@@ -140,11 +151,16 @@ class Memory:
         found = self._sources.get(id(source))
         return None if found is None or not found.is_still(source) else found.calls.get(key)
 
-    def keep_call(self, source: Tensor, key: object, call: Any) -> None:
-        """Keep a whole call of a layer for as long as values of its source are kept."""
-        found = self._sources.get(id(source))
-        if found is not None and found.is_still(source):
-            found.calls[key] = call
+    def keep_call(self, text: Tensor, others: tuple[Tensor, ...], key: object, call: Any) -> None:
+        """Keep a whole call of a layer for as long as values of its text, and of the images and masks beside it, are kept."""
+        found = self._sources.get(id(text))
+        if found is None or not found.is_still(text):
+            return
+        for other in others:
+            source = self._sources.get(id(other))
+            if source is not None and all(entry[1] != key or entry[0] is not found for entry in source.others):
+                source.others.append((found, key))
+        found.calls[key] = call
 
     @property
     def bytes(self) -> int:
@@ -166,9 +182,11 @@ class Memory:
             source = sources.get(key)
             if source is not None and source.tensor is reference:
                 sources.pop(key, None)
+                source.drop()
 
-        for oldest in list(sources)[: max(0, len(sources) - SOURCES + 1)]:
-            sources.pop(oldest, None)
+        stale = [key, *list(sources)[: max(0, len(sources) - SOURCES + 1)]]
+        for old in filter(None, (sources.pop(other, None) for other in stale)):
+            old.drop()
         sources[key] = source = _Source(tensor, forget)
         return source
 
@@ -237,7 +255,7 @@ def _is_recorded() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor's identity and version tell what is in it."""
     return type(tensor) is Tensor and not (tensor.is_meta or tensor.is_inference() or tensor.requires_grad)
 
@@ -252,7 +270,8 @@ def state_of(modules: Iterable[nn.Module], known: Callable[[nn.Module], State | 
     for root in modules:
         for module in (root,) if type(root) is nn.Linear else root.modules():
             own = known(module)
-            if own is None or is_hooked(module):
+            # a tensor that is a plain attribute is nobody's parameter, and its exchange leaves no trace
+            if own is None or is_hooked(module) or (type(module) is nn.Linear and "weight" not in module._parameters):
                 return None
             marks += (id(module), *own.marks)
             held += (module, *own.held)

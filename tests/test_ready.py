@@ -1,5 +1,7 @@
 """A call of a layer that is run again: what changes in between is seen, what does not is not prepared."""
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,7 +50,7 @@ class Bench:
 
     @property
     def ready(self) -> Any:
-        return self.session.memory.call(self.text, self.processor._ipa_layer)
+        return self.session.memory.call(self.text, (self.processor._ipa_layer, id(self.attention)))
 
 
 @pytest.fixture(params=[False, True], ids=["unmasked", "masked"])
@@ -112,6 +114,37 @@ def keys_written_to(bench: Bench) -> None:
     bench.ready._computed[0][0].zero_()
 
 
+def adapters_replaced(bench: Bench) -> None:
+    bench.processor.to_k_ip = nn.ModuleList([nn.Linear(48, 64, bias=False) for _ in range(2)])
+
+
+def an_adapter_more(bench: Bench) -> None:
+    bench.processor.to_k_ip.append(nn.Linear(48, 64, bias=False))
+
+
+def weight_a_plain_attribute(bench: Bench) -> None:
+    del bench.attention.to_k.weight
+    bench.attention.to_k.weight = torch.randn(64, 48)
+
+
+def a_third_module_in_to_out(bench: Bench) -> None:
+    bench.attention.to_out.append(nn.Linear(64, 64))
+
+
+def a_scale_set_while_to_q_runs(bench: Bench) -> None:
+    scales = iter((0.1, 0.1, 0.2, 0.2))
+    bench.attention.to_q.register_forward_pre_hook(lambda *_: bench.processor.scale.__setitem__(0, next(scales)))
+
+
+def processor_moved_to_another_attention(bench: Bench) -> None:
+    bench.attention = Attention(64, cross_attention_dim=48, heads=2, dim_head=32, processor=bench.processor).eval()
+
+
+def heads_a_property(bench: Bench) -> None:
+    heads = bench.attention.__dict__.pop("heads")
+    bench.attention.__class__ = type("Own", (Attention,), {"heads": property(lambda self: heads)})
+
+
 def masks_changed(bench: Bench) -> None:
     if bench.options:
         bench.options["ip_adapter_masks"][1].zero_()
@@ -136,7 +169,9 @@ def changed(name: str, value: Any) -> Callable[[Bench], None]:
 
 CHANGES: list[Callable[[Bench], None]] = [
     linear_with_hook, linear_with_forward, projection_replaced, weight_replaced, bias_added, images_exchanged,
-    one_image_written_to, class_patched, keys_written_to, masks_changed, a_mask_left_out,
+    one_image_written_to, class_patched, keys_written_to, masks_changed, a_mask_left_out, adapters_replaced, an_adapter_more,
+    weight_a_plain_attribute, a_third_module_in_to_out, a_scale_set_while_to_q_runs, processor_moved_to_another_attention,
+    heads_a_property,
     changed("heads", 4), changed("residual_connection", True), changed("rescale_output_factor", 2.0),
     changed("group_norm", lambda: nn.GroupNorm(4, 64)), changed("to_q", lambda: nn.Linear(64, 64)),
     changed("to_k", lambda: nn.Linear(48, 64)),
@@ -211,6 +246,92 @@ def test_gradients_in_the_middle(bench: Bench) -> None:
         out = bench()
         assert out.requires_grad
         assert torch.equal(out, bench.stock())
+
+
+def test_a_processor_in_two_attentions(bench: Bench) -> None:
+    first, second = bench.attention, Attention(64, cross_attention_dim=48, heads=2, dim_head=32, processor=bench.processor)
+    for _ in range(3):
+        for bench.attention in (first, second.eval()):
+            assert torch.equal(bench(), bench.stock())
+
+
+def test_another_impl_in_the_middle(bench: Bench) -> None:
+    bench.session.impl = "auto"
+    assert torch.equal(bench(), bench.stock())
+    assert "Triton's interpreter" in bench.processor._ipa_layer.reason
+
+
+def test_inputs_whose_writes_leave_no_trace(bench: Bench) -> None:
+    with torch.inference_mode():
+        untraced = torch.randn(2, 2, 4, 48)
+    for scale in (0, 0.5):
+        bench.processor.scale[1] = scale
+        bench.images = [bench.images[0], untraced]
+        assert torch.equal(bench(), bench.stock())
+        assert torch.equal(bench(), bench.stock())
+
+
+@pytest.mark.parametrize("what", ["scale", "to_k", "image", "heads"])
+def test_a_write_while_the_first_call_computes(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another thread: here, after everything has been read."""
+    bench = Bench()
+    writes = {
+        "scale": lambda: bench.processor.scale.__setitem__(0, 0.1),
+        "to_k": lambda: bench.attention.to_k.weight.mul_(2),
+        "image": lambda: bench.images[0].mul_(2),
+        "heads": lambda: setattr(bench.attention, "heads", 4),
+    }
+    choose = unet.choose
+
+    def write_and_choose(*arguments: Any) -> Any:
+        monkeypatch.setattr(unet, "choose", choose)
+        writes[what]()
+        return choose(*arguments)
+
+    monkeypatch.setattr(unet, "choose", write_and_choose)
+    with torch.no_grad():
+        bench()
+        for _ in range(3):
+            assert torch.equal(bench(), bench.stock())
+    bench.session.memory.leave()
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_a_query_of_another_shape_is_refused_as_by_stock(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(impl=impl)
+    with torch.no_grad():
+        bench(), bench()
+        assert bench.ready is not None
+        query = bench.attention.to_q(bench.hidden)
+        assert bench.ready.takes(query)
+        assert not bench.ready.takes(query[:, :32])
+        assert not bench.ready.takes(torch.cat([query, query], 1))
+        assert not bench.ready.takes(torch._neg_view(query))
+        if impl == "triton":
+            for other in (query[:, :32], torch.cat([query, query], 1)):
+                with pytest.raises(ValueError, match="that the launch was made for"):
+                    bench.ready.attend(other)
+    bench.session.memory.leave()
+
+
+def test_what_is_ready_keeps_nothing_alive(bench: Bench) -> None:
+    """The prompt lives on; its images, masks and layer do not, at once and without a collection of cycles."""
+    held = [weakref.ref(tensor) for tensor, _ in bench.ready._computed]
+    gone = [weakref.ref(module) for module in (bench.attention, bench.processor, bench.processor.to_k_ip[0])]
+    session, text = bench.session, bench.text
+    gc.disable()
+    try:
+        bench.images, bench.options = [], {}
+        alive = [reference for reference in held if reference() is not None]
+        assert len(alive) == 2, "the keys and values of the text"
+        assert session.memory.bytes == sum(reference().numel() * 4 for reference in alive)
+        bench.attention = bench.processor = None
+        assert [reference() for reference in gone] == [None] * 3
+        assert text is bench.text
+        session.memory.forget()
+        assert all(reference() is None for reference in held)
+    finally:
+        gc.enable()
 
 
 def test_a_new_session_starts_anew(bench: Bench) -> None:

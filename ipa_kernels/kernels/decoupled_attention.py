@@ -135,15 +135,30 @@ def _add_image(
             return _weigh(acc, p, v_base, v_stride, HEAD_DIM, LENGTH, PRECISION)
         else:
             # p is rounded to float16: a weight that would overflow there, or end in the subnormals, stays outside
-            size = tl.abs(weight)
-            unit = tl.where((size > 1.0) | (size < 0.015625), size, 1.0)
-            if unit != 1.0:
-                acc = scale_tiles(acc, 1.0 / unit)
-            p = scale_rows(p, _factor(weight / unit, mask, row_sum))
-            acc = _weigh(acc, p, v_base, v_stride, HEAD_DIM, LENGTH, PRECISION)
-            if unit != 1.0:
-                acc = scale_tiles(acc, unit)
-            return acc
+            unit = _outside(weight, mask)
+            factor = _factor(weight, mask, row_sum) / unit
+            if mask is not None:
+                acc = scale_rows(acc, 1.0 / unit)
+                acc = _weigh(acc, scale_rows(p, factor), v_base, v_stride, HEAD_DIM, LENGTH, PRECISION)
+                return scale_rows(acc, unit)
+            else:
+                if unit != 1.0:
+                    acc = scale_tiles(acc, 1.0 / unit)
+                acc = _weigh(acc, scale_rows(p, factor), v_base, v_stride, HEAD_DIM, LENGTH, PRECISION)
+                if unit != 1.0:
+                    acc = scale_tiles(acc, unit)
+                return acc
+
+
+@triton.jit
+def _outside(weight, mask):
+    """What of |weight · mask| is not folded into p: a number, with a mask one per row; 1 from 1/64 to 1, and for 0."""
+    if mask is None:
+        size = tl.abs(weight)
+    else:
+        size = tl.abs(weight * mask)
+    # not below 2**-100: the accumulator is divided by it
+    return tl.where(((size >= 0.015625) & (size <= 1.0)) | (size == 0.0), 1.0, tl.maximum(size, 7.888609e-31))
 
 
 @triton.jit

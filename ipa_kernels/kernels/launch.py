@@ -61,6 +61,7 @@ class Launch:
 
     def __call__(self, query: Tensor) -> Tensor:
         """[B, H, M, D] to the same, stored [B, M, H, D]; on the device of the query, and its current stream."""
+        _check_shape(query.shape, self.shape)
         batch, heads, queries, head_dim = self.shape
         out = torch.empty((batch, queries, heads, head_dim), dtype=self.dtype, device=self.device)
         query = _readable(query, self._vector)
@@ -70,6 +71,7 @@ class Launch:
     def packed(self, query: Tensor) -> Tensor:
         """The same for [B, M, H·D]."""
         batch, heads, queries, head_dim = self.shape
+        _check_shape(query.shape, (batch, queries, heads * head_dim))
         if not query.is_contiguous() or query.data_ptr() % 16:
             out = self(query.view(batch, queries, heads, head_dim).transpose(1, 2))
             return out.transpose(1, 2).reshape(batch, queries, heads * head_dim)
@@ -91,6 +93,12 @@ class Launch:
 def _compiled(variant: Variant, device: torch.device) -> Any:
     """Compiled for, and loaded on, the current device; from Triton's cache on disk where it has been compiled before."""
     return triton.compile(source(variant), options=options(variant.config))
+
+
+def _check_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    # the grid and the strides are those of the expected one: another would be read and written out of bounds
+    if shape != expected:
+        raise ValueError(f"query: expected the shape {list(expected)} that the launch was made for, got {list(shape)}")
 
 
 def _name(dtype: torch.dtype) -> str:

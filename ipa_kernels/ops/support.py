@@ -133,6 +133,9 @@ def call_reasons(problem: Problem) -> list[str]:
     for name, tensor in _named(problem):
         if tensor.shape[3] > 1 and tensor.stride(3) != 1:
             reasons.append(f"{name} strides {tuple(tensor.stride())}: the kernel needs a last stride of 1")
+    weights = [("image_scales", problem.scales)] if isinstance(problem.scales, Tensor) else []
+    weights += [(f"image_masks[{i}]", mask) for i, mask in enumerate(problem.masks) if mask is not None]
+    for name, tensor in (*_named(problem), *weights):
         if tensor.is_neg():
             reasons.append(f"{name}: a lazily negated view; resolve_neg() lifts this")
     return reasons

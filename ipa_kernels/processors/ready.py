@@ -1,87 +1,107 @@
 """A call that ran, ready to run again: in the steps of a generation that follow, a layer compares instead of preparing.
 
-What is compared is everything that the first call read; what differs sends the call back through all checks.
+What is compared is everything that the first call read; what differs sends the call back through all checks. No prompt, image,
+mask or module is kept alive by it.
 """
 
+import weakref
 from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from ..conditioning import Snapshot, State, is_hooked
+from ..conditioning import Snapshot, State, is_hooked, is_plain
 from ..ops.arguments import Problem
 from ..ops.decoupled_attention import prepare, run
 from ..ops.support import allows_tf32
 from .projections import pure_state
 
 
-class Ready:
-    """One layer for one prompt, its images and masks: keys, values and weights, and what they were computed from.
+class Photo:
+    """Everything that a call of a layer reads besides its queries and its text, as it was before the call read it.
 
-    values: how many remembered values it stands for. It keeps neither the prompt nor the images alive.
+    Raises Doubtful where something cannot be told apart from what it may become.
     """
 
-    def __init__(
-        self,
-        processor: Any,
-        attn: Attention,
-        hidden_states: Tensor,
-        states: tuple[Tensor, list[Tensor]],
-        masks: list[Tensor | None] | None,
-        problem: Problem,
-        impl: str,
-        reason: str,
-        values: int,
-    ) -> None:
-        self.impl, self.reason, self.values = impl, reason, values
+    def __init__(self, processor: Any, attn: Attention, hidden_states: Tensor, images: Any, masks: Any, impl: str) -> None:
+        if torch.is_grad_enabled() or is_hooked(attn.to_q) or type(hidden_states) is not Tensor:
+            raise Doubtful
+        self._impl = impl
         self._kind = type(processor)
-        self._scales = [list(scale) if isinstance(scale, list) else scale for scale in processor.scale]
-        self._attention = _settings(attn)
+        self._attn: Any = weakref.ref(attn)
+        self._settings = _settings(attn)
         self._hidden = hidden_states.shape, hidden_states.dtype, hidden_states.device
         self._modes = _modes(hidden_states)
-        self._inputs = [Snapshot(tensor) for tensor in (*states[1], *(mask for mask in masks or () if mask is not None))]
-        self._images, self._masks = len(states[1]), None if masks is None else [mask is not None for mask in masks]
-        self._computed = [
-            (tensor, tensor._version) for tensor in (*problem.keys, *problem.values, *problem.masks) if tensor is not None
-        ]
-        places = [(attn._modules, name) for name in ("to_k", "to_v")]
-        for adapter in range(len(states[1])):
-            places += [(processor._modules[name]._modules, str(adapter)) for name in ("to_k_ip", "to_v_ip")]
-        self._projections = [_projection(modules, name) for modules, name in places]
-        self._query = problem.query.dtype, problem.query.device
-        self._heads = problem.query.shape[1]
-        self._problem = problem.keys, problem.values, problem.scales, problem.masks, problem.attn_mask, problem.softmax_scale
-        self._launch = prepare(problem) if impl == "triton" else None
+        self._scales = [list(scale) if type(scale) is list else scale for scale in processor.scale]
+        if any(type(s) not in (int, float) for scale in self._scales for s in (scale if type(scale) is list else [scale])):
+            raise Doubtful
+        self._masked = None if masks is None else len(masks)
+        inputs = [*images, *(masks or ())]
+        # an adapter of scale 0 is not read: whose its inputs are is known, not what is in them
+        read = [any(scale) if type(scale) is list else scale != 0 for scale in self._scales]
+        self._inputs = [_Input(tensor, reads) for tensor, reads in zip(inputs, read * 2, strict=False)]
+        self._projections: list[_Projection | None] = [_Projection(attn.to_k), _Projection(attn.to_v)]
+        for names in (processor.to_k_ip, processor.to_v_ip):
+            self._projections += [_Projection(module) if reads else None for module, reads in zip(names, read, strict=True)]
 
-    def fits(self, processor: Any, attn: Attention, hidden_states: Tensor, states: Any, masks: Any) -> bool:
-        """Whether a call with the same text, and without an attention mask, would prepare the same again."""
-        if type(processor) is not self._kind or type(hidden_states) is not Tensor:
+    def is_still(self, processor: Any, attn: Any, hidden_states: Tensor, images: Any, masks: Any, impl: str) -> bool:
+        """Whether a call, with the same text and no attention mask, would read the same."""
+        if impl != self._impl or type(processor) is not self._kind or self._attn() is not attn:
+            return False
+        if torch.is_grad_enabled() or type(hidden_states) is not Tensor:
             return False
         if (hidden_states.shape, hidden_states.dtype, hidden_states.device) != self._hidden:
             return False
-        if _settings(attn) != self._attention or _modes(hidden_states) != self._modes:
+        if _settings(attn) != self._settings or _modes(hidden_states) != self._modes:
             return False
-        images = states[1]
-        if len(images) != self._images or not _are_same_scales(processor.scale, self._scales):
+        if not _are_same_scales(processor.scale, self._scales) or is_hooked(attn._modules["to_q"]):
             return False
-        if masks is not None or self._masks is not None:
-            if type(masks) is not list or [mask is not None for mask in masks] != self._masks:
-                return False
-            images = (*images, *(mask for mask in masks if mask is not None))
-        for known, tensor in zip(self._inputs, images, strict=True):
+        if type(images) not in (list, tuple) or len(images) != len(self._scales):
+            return False
+        if (None if masks is None else len(masks) if type(masks) is list else -1) != self._masked:
+            return False
+        for known, tensor in zip(self._inputs, images if masks is None else (*images, *masks), strict=True):
             if not known.is_still(tensor):
                 return False
-        for tensor, version in self._computed:
-            if tensor._version != version:
-                return False
-        return all(projection.is_still() for projection in self._projections)
+        modules: dict[str, Any] = attn._modules
+        own: dict[str, Any] = processor._modules
+        places = [modules.get("to_k"), modules.get("to_v")]
+        for name in ("to_k_ip", "to_v_ip"):
+            places += own[name]._modules.values()
+        if len(places) != len(self._projections):
+            return False
+        return all(known is None or known.is_still(module) for known, module in zip(self._projections, places, strict=True))
 
-    def query(self, attn: Attention, hidden_states: Tensor) -> Tensor | None:
-        """[B, M, H·D]; None where the projection does not return what it did."""
-        query = attn._modules["to_q"](hidden_states)
-        expected = type(query) is Tensor and (query.dtype, query.device) == self._query and query.ndim == 3
-        return query if expected else None
+
+class Doubtful(Exception):
+    """A call reads something that may change without a trace: it is prepared anew each time."""
+
+
+class Ready:
+    """A photo with what the call found: keys, values and weights.
+
+    values: how many remembered values it stands for. reason: of the report.
+    """
+
+    def __init__(self, photo: Photo, problem: Problem, impl: str, reason: str) -> None:
+        batch, heads, queries, head_dim = problem.query.shape
+        if not is_plain(problem.query):
+            raise Doubtful
+        self.photo, self.impl, self.reason = photo, impl, reason
+        masks = [mask for mask in problem.masks if mask is not None]
+        self.values = len(problem.keys) + len(masks)
+        self._computed = [(tensor, tensor._version) for tensor in (*problem.keys, *problem.values, *masks)]
+        self._query = (batch, queries, heads * head_dim), problem.query.dtype, problem.query.device
+        self._heads = heads
+        self._problem = problem.keys, problem.values, problem.scales, problem.masks, problem.attn_mask, problem.softmax_scale
+        self._launch = prepare(problem) if impl == "triton" else None
+
+    def takes(self, query: Tensor) -> bool:
+        """Whether a query [B, M, H·D] is like the first, and nobody has written to what was found."""
+        if type(query) is not Tensor or (query.shape, query.dtype, query.device) != self._query or query.is_neg():
+            return False
+        return all(tensor._version == version for tensor, version in self._computed)
 
     def attend(self, query: Tensor) -> Tensor:
         """[B, M, H·D] to the same, before the output projection."""
@@ -93,12 +113,12 @@ class Ready:
 
 
 def _settings(attn: Any) -> tuple[Any, ...]:
-    """What a call reads from an Attention besides its modules."""
-    own, modules = attn.__dict__, attn._modules
+    """What a call reads from an Attention besides its projections."""
+    factor = attn.rescale_output_factor
+    if type(factor) not in (int, float):
+        raise Doubtful
     return (
-        own["heads"], own["scale"], own["residual_connection"], own["rescale_output_factor"], own.get("norm_cross"),
-        own.get("group_norm"), own.get("spatial_norm"), modules.get("group_norm"), modules.get("spatial_norm"),
-        modules.get("norm_cross"),
+        attn.heads, attn.scale, attn.residual_connection, factor, attn.norm_cross, attn.group_norm, attn.spatial_norm,
     )  # fmt: skip
 
 
@@ -106,7 +126,6 @@ def _modes(tensor: Tensor) -> tuple[Any, ...]:
     """What torch is set to that changes a result, or how it may be computed."""
     device = tensor.device.type
     return (
-        torch.is_grad_enabled(),
         torch.autograd.forward_ad._current_level,
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
         tensor.dtype == torch.float32 and allows_tf32(tensor.device),
@@ -128,43 +147,53 @@ def _are_same_scales(scales: Any, known: list[Any]) -> bool:
     return True
 
 
-class _Linear:
-    """A plain Linear at its place, as it was."""
+class _Input:
+    """Image tokens or a mask, as they were, or None."""
 
-    __slots__ = ("module", "modules", "name", "tensors")
+    __slots__ = ("snapshot", "tensor")
 
-    def __init__(self, modules: dict[str, Any], name: str) -> None:
-        self.modules, self.name, self.module = modules, name, modules[name]
-        self.tensors = [
-            (key, tensor, None if tensor is None else (tensor._version, tensor.data_ptr()))
-            for key, tensor in self.module._parameters.items()
-        ]
+    def __init__(self, tensor: Tensor | None, read: bool) -> None:
+        if tensor is not None and read and not is_plain(tensor):
+            raise Doubtful
+        self.tensor = None if tensor is None else weakref.ref(tensor)
+        self.snapshot = None if tensor is None or not read else Snapshot(tensor)
 
-    def is_still(self) -> bool:
-        module = self.modules.get(self.name)
-        if module is not self.module or type(module) is not nn.Linear or is_hooked(module):
+    def is_still(self, tensor: Any) -> bool:
+        if self.snapshot is not None:
+            return self.snapshot.is_still(tensor)
+        return tensor is None if self.tensor is None else self.tensor() is tensor
+
+
+class _Projection:
+    """A module and its parameters, as they were."""
+
+    __slots__ = ("linear", "module", "state")
+
+    def __init__(self, module: Any) -> None:
+        self.module: Any = weakref.ref(module)
+        self.linear: list[tuple[str, Snapshot | None]] | None = None
+        self.state: State | None = None
+        state = pure_state(module)
+        if state is None:
+            raise Doubtful
+        if type(module) is nn.Linear:
+            self.linear = [
+                (name, tensor if tensor is None else Snapshot(tensor)) for name, tensor in module._parameters.items()
+            ]
+        else:
+            self.state = state
+
+    def is_still(self, module: Any) -> bool:
+        if self.module() is not module:
+            return False
+        if self.state is not None:
+            state = pure_state(module)
+            return state is not None and state.marks == self.state.marks
+        if type(module) is not nn.Linear or is_hooked(module):
             return False
         parameters = module._parameters
-        for key, tensor, state in self.tensors:
-            if parameters.get(key) is not tensor or (tensor is not None and (tensor._version, tensor.data_ptr()) != state):
+        for name, snapshot in self.linear or ():
+            tensor = parameters.get(name)
+            if tensor is not None if snapshot is None else not snapshot.is_still(tensor):
                 return False
         return True
-
-
-class _Module:
-    """Any other module at its place, as it was: with a LoRA, for instance."""
-
-    def __init__(self, modules: dict[str, Any], name: str) -> None:
-        self.modules, self.name, self.module = modules, name, modules[name]
-        self.state: State | None = pure_state(self.module)
-
-    def is_still(self) -> bool:
-        module = self.modules.get(self.name)
-        if module is not self.module or self.state is None:
-            return False
-        state = pure_state(module)
-        return state is not None and state.marks == self.state.marks
-
-
-def _projection(modules: dict[str, Any], name: str) -> _Linear | _Module:
-    return (_Linear if type(modules[name]) is nn.Linear else _Module)(modules, name)

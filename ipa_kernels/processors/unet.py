@@ -25,7 +25,7 @@ from ..ops.decoupled_attention import choose, run
 from ..ops.support import automatic_reasons, layer_reasons
 from ..session import Layer, Session
 from .projections import pure_state
-from .ready import Ready
+from .ready import Doubtful, Photo, Ready
 from .unusual import unusual
 
 _COMPILED = "torch.compile: diffusers' own code is traced"
@@ -70,26 +70,37 @@ class _Fused:
             return replaced()
         impl = layer.session.impl
         memory = active()
-        if memory is not None and attention_mask is None and type(encoder_hidden_states) is tuple:
-            out = _again(kind, layer, memory, self, attn, hidden_states, encoder_hidden_states, ip_adapter_masks)
-            if out is not None:
-                return out
+        query: Tensor | None = None
+        if memory is not None and attention_mask is None and STOCK[kind].__call__ is _CALLS[kind]:
+            ready = _ready(layer, memory, self, attn, hidden_states, encoder_hidden_states, ip_adapter_masks)
+            if ready is not None:
+                query = attn.to_q(hidden_states)
+                if ready.takes(query):
+                    memory.hits += ready.values
+                    layer.impl, layer.reason = ready.impl, ready.reason
+                    layer.calls += 1
+                    return _project_out(attn, ready.attend(query))
         if torch.compiler.is_compiling():
             if impl == "triton":
                 raise UnsupportedError(f'{layer.name}: impl="triton" cannot run this call: {_COMPILED}')
             # not counted: this runs once, when the graph is traced
             layer.impl, layer.reason = "stock", _COMPILED
             return replaced()
-        before = None if memory is None else (memory.unkept, memory.hits + memory.misses)
         reasons = _class_reasons(kind, ip_adapter_masks)
         reasons += unusual(self, attn, hidden_states, encoder_hidden_states, attention_mask, ip_adapter_masks)
         if not reasons and not kind.eager_is_exact and impl != "triton":
             _, reasons = layer_plan(attn, self, impl, hidden_states.device, hidden_states.dtype)
-        problem = None
+        problem, photo = None, None
         if not reasons:
+            text, images = encoder_hidden_states
+            reads = self, attn, hidden_states, images, ip_adapter_masks, impl
+            unkept = None if memory is None else memory.unkept
+            if memory is not None:
+                # before anything is read: another thread may write while this one computes
+                photo = _photo(*reads)
             try:
-                text, images = encoder_hidden_states
-                problem = _problem(kind, layer, self, attn, hidden_states, text, images, ip_adapter_masks)
+                query = attn.to_q(hidden_states) if query is None else query
+                problem = _problem(kind, layer, self, attn, query, text, images, ip_adapter_masks)
             except (TypeError, ValueError) as error:
                 # for the replaced class to run or to refuse, in its own words
                 reasons = [f"unusual input: {error}"]
@@ -105,14 +116,10 @@ class _Fused:
             layer.record("stock", reasons)
             return replaced()
         layer.record(chosen, reasons)
-        query = problem.query.transpose(1, 2).flatten(2)
-        if memory is not None and before is not None and memory.unkept == before[0]:
-            values = memory.hits + memory.misses - before[1]
-            inputs = hidden_states, (text, images), ip_adapter_masks
-            ready = Ready(self, attn, *inputs, problem, chosen, layer.reason, values)
-            memory.keep_call(text, layer, ready)
-            return _project_out(attn, ready.attend(query))
-        return _project_out(attn, run(problem, chosen).transpose(1, 2).reshape(query.shape))
+        if memory is not None and photo is not None and memory.unkept == unkept and photo.is_still(*reads):
+            _keep(memory, layer, attn, (text, images, ip_adapter_masks), photo, problem, chosen)
+        out = run(problem, chosen)
+        return _project_out(attn, out.transpose(1, 2).reshape(hidden_states.shape[0], hidden_states.shape[1], -1))
 
     @staticmethod
     def softmax_scale(attn: Attention) -> float | None:
@@ -130,27 +137,39 @@ def _ours(processor: object) -> Any:
     return next((kind for kind in type(processor).__mro__ if kind in STOCK), None)
 
 
-def _again(
-    kind: Any, layer: Layer, memory: Memory, processor: Any, attn: Attention, hidden_states: Tensor, states: Any, masks: Any
-) -> Tensor | None:
-    """A call that differs from one before in nothing but its queries; None for any other."""
-    ready: Ready | None = memory.call(states[0], layer) if states else None
-    if ready is None or STOCK[kind].__call__ is not _CALLS[kind]:
+def _ready(
+    layer: Layer, memory: Memory, processor: Any, attn: Attention, hidden_states: Tensor, states: Any, masks: Any
+) -> Ready | None:
+    """A call that this one differs from in nothing but its queries, or None."""
+    if type(states) is not tuple or len(states) != 2:
         return None
-    if len(states) != 2 or not ready.fits(processor, attn, hidden_states, states, masks):
+    ready: Ready | None = memory.call(states[0], (layer, id(attn)))
+    if ready is None:
         return None
-    query = ready.query(attn, hidden_states)
-    if query is None:
+    return ready if ready.photo.is_still(processor, attn, hidden_states, states[1], masks, layer.session.impl) else None
+
+
+def _photo(*reads: Any) -> Photo | None:
+    try:
+        return Photo(*reads)
+    except Doubtful:
         return None
-    memory.hits += ready.values
-    layer.impl, layer.reason = ready.impl, ready.reason
-    layer.calls += 1
-    return _project_out(attn, ready.attend(query))
+
+
+def _keep(
+    memory: Memory, layer: Layer, attn: Attention, inputs: tuple[Any, ...], photo: Photo, problem: Problem, impl: str
+) -> None:
+    """Keep a call for as long as its text, images and masks live."""
+    text, images, masks = inputs
+    try:
+        ready = Ready(photo, problem, impl, layer.reason)
+    except Doubtful:
+        return
+    memory.keep_call(text, (*images, *(mask for mask in masks or () if mask is not None)), (layer, id(attn)), ready)
 
 
 def _project_out(attn: Any, out: Tensor) -> Tensor:
-    projection, dropout = attn._modules["to_out"]._modules.values()
-    return dropout(projection(out))  # type: ignore[no-any-return]
+    return attn.to_out[1](attn.to_out[0](out))  # type: ignore[no-any-return]
 
 
 def _class_reasons(kind: Any, masks: Any) -> list[str]:
@@ -170,13 +189,12 @@ def _problem(
     layer: Layer,
     processor: Any,
     attn: Attention,
-    hidden_states: Tensor,
+    query: Tensor,
     text: Tensor,
     images: list[Tensor],
     masks: Any,
 ) -> Problem:
     """Project, in stock's order and shapes; an adapter of scale 0 is left out, its projections are not run."""
-    query = attn.to_q(hidden_states)
     key, value = _keys_and_values(layer, processor, attn, text, "text", attn.to_k, attn.to_v)
     keys: list[Tensor] = []
     values: list[Tensor] = []
