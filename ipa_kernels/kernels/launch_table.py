@@ -65,11 +65,12 @@ SHARED_MEMORY = {
 COMPILED = tuple(arch for arch in SHARED_MEMORY if arch not in ("sm_87", "sm_103", "sm_121"))
 """What the report compiles; the others share the code of a sibling: sm_87 of sm_86, sm_103 of sm_100, sm_121 of sm_120."""
 
-# Tensor cores by mma.sync, where a warp owns 16 rows; by wgmma or tcgen05, where four warps own 64; by MFMA; by WMMA.
+# Tensor cores by mma.sync, where a warp owns 16 rows; by wgmma, where four warps own 64; by tcgen05, MFMA and WMMA.
 AMPERE = ("sm_80", "sm_86", "sm_87", "sm_89")
 SM_120 = ("sm_120", "sm_121")
 MMA = AMPERE + SM_120
-WGMMA = ("sm_90", "sm_100", "sm_103")
+WGMMA = ("sm_90",)
+TCGEN05 = ("sm_100", "sm_103")
 CDNA = ("gfx90a", "gfx942")
 RDNA3 = ("gfx1100",)
 RDNA4 = ("gfx1201",)
@@ -91,9 +92,13 @@ TABLE = (
     Row(MMA, 16, _dims(120, 128), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8, max_image_keys=32)),
     Row(MMA, 16, _dims(104, 160), ANY, LaunchConfig(128, 16, 0, 32, num_warps=8, max_image_keys=32)),
     Row(WGMMA, 16, _dims(8, 64), 1023, LaunchConfig(64, 64, 128, 128, num_warps=4)),
-    Row(WGMMA, 16, _dims(8, 96), 1023, LaunchConfig(64, 32, 128, 64, num_warps=4)),
+    Row(WGMMA, 16, _dims(72, 96), 1023, LaunchConfig(64, 32, 128, 64, num_warps=4)),
     Row(WGMMA, 16, _dims(8, 96), ANY, LaunchConfig(128, 64, 128, 64, num_warps=8)),
     Row(WGMMA, 16, _dims(104, 160), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8)),
+    Row(TCGEN05, 16, _dims(8, 96), 1023, LaunchConfig(64, 64, 128, 32, num_warps=4)),
+    Row(TCGEN05, 16, _dims(8, 96), ANY, LaunchConfig(128, 64, 128, 32, num_warps=8)),
+    Row(TCGEN05, 16, _dims(104, 144), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8, max_registers=255)),
+    Row(TCGEN05, 16, _dims(152, 160), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8, max_image_keys=32, max_registers=255)),
     Row(CDNA, 16, _dims(8, 160), ANY, LaunchConfig(128, 64, 128, 32, num_warps=4, num_stages=1)),
     Row(RDNA3, 16, _dims(8, 64), ANY, LaunchConfig(64, 16, 80, 16, num_warps=4, num_stages=1)),
     Row(RDNA3, 16, _dims(72, 80), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, num_stages=1)),
@@ -158,7 +163,7 @@ def slower(arch: str, lengths: tuple[int, ...], blocks: int) -> str | None:
     lengths: keys per branch, text first; blocks: programs of the launch.
     """
     allowed = LONG_KEYS * max(1, len(lengths) - 1)
-    if arch in WGMMA and sum(lengths) > allowed:
+    if arch in WGMMA + TCGEN05 and sum(lengths) > allowed:
         return f"{sum(lengths)} keys in all: above {allowed} SDPA's own kernels for {arch} are estimated to be faster"
     if max(lengths) >= LONG_KEYS and blocks < FEW_BLOCKS:
         return f"{blocks} blocks over {max(lengths)} keys: SDPA, which splits the keys, is estimated to fill the GPU better"
