@@ -11,10 +11,11 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from ..conditioning import Snapshot, State, is_hooked, is_plain
+from ..conditioning import Memory, Snapshot, State, is_hooked, is_plain
 from ..ops.arguments import Problem
 from ..ops.decoupled_attention import prepare, run
 from ..ops.support import allows_tf32
+from ..session import Layer
 from .projections import pure_state
 
 
@@ -110,6 +111,38 @@ class Ready:
         batch, queries, channels = query.shape
         heads = query.view(batch, queries, self._heads, -1).transpose(1, 2)
         return run(Problem(heads, *self._problem), self.impl).transpose(1, 2).reshape(batch, queries, channels)
+
+
+def find(
+    memory: Memory, layer: Layer, processor: Any, attn: Attention, hidden_states: Tensor, states: Any, masks: Any
+) -> Ready | None:
+    """A call that this one differs from in nothing but its queries, or None."""
+    if type(states) is not tuple or len(states) != 2:
+        return None
+    ready: Ready | None = memory.call(states[0], (layer, id(attn)))
+    if ready is None:
+        return None
+    return ready if ready.photo.is_still(processor, attn, hidden_states, states[1], masks, layer.session.impl) else None
+
+
+def photograph(*reads: Any) -> Photo | None:
+    """The photo, or None where something is in doubt."""
+    try:
+        return Photo(*reads)
+    except Doubtful:
+        return None
+
+
+def keep(
+    memory: Memory, layer: Layer, attn: Attention, inputs: tuple[Any, ...], photo: Photo, problem: Problem, impl: str
+) -> None:
+    """Keep a call for as long as its inputs live: text, images and masks."""
+    text, images, masks = inputs
+    try:
+        ready = Ready(photo, problem, impl, layer.reason)
+    except Doubtful:
+        return
+    memory.keep_call(text, (*images, *(mask for mask in masks or () if mask is not None)), (layer, id(attn)), ready)
 
 
 def _settings(attn: Any) -> tuple[Any, ...]:

@@ -18,14 +18,14 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.unets import unet_2d_condition, unet_motion_model
 from torch import Tensor, nn
 
-from ..conditioning import Memory, State, active, remember
+from ..conditioning import State, active, remember
 from ..ops import UnsupportedError
 from ..ops.arguments import Problem, check_arguments
 from ..ops.decoupled_attention import choose, run
 from ..ops.support import automatic_reasons, layer_reasons
 from ..session import Layer, Session
 from .projections import pure_state
-from .ready import Doubtful, Photo, Ready
+from .ready import find, keep, photograph
 from .unusual import unusual
 
 _COMPILED = "torch.compile: diffusers' own code is traced"
@@ -72,7 +72,7 @@ class _Fused:
         memory = active()
         query: Tensor | None = None
         if memory is not None and attention_mask is None and STOCK[kind].__call__ is _CALLS[kind]:
-            ready = _ready(layer, memory, self, attn, hidden_states, encoder_hidden_states, ip_adapter_masks)
+            ready = find(memory, layer, self, attn, hidden_states, encoder_hidden_states, ip_adapter_masks)
             if ready is not None:
                 query = attn.to_q(hidden_states)
                 if ready.takes(query):
@@ -97,7 +97,7 @@ class _Fused:
             unkept = None if memory is None else memory.unkept
             if memory is not None:
                 # before anything is read: another thread may write while this one computes
-                photo = _photo(*reads)
+                photo = photograph(*reads)
             try:
                 query = attn.to_q(hidden_states) if query is None else query
                 problem = _problem(kind, layer, self, attn, query, text, images, ip_adapter_masks)
@@ -117,7 +117,7 @@ class _Fused:
             return replaced()
         layer.record(chosen, reasons)
         if memory is not None and photo is not None and memory.unkept == unkept and photo.is_still(*reads):
-            _keep(memory, layer, attn, (text, images, ip_adapter_masks), photo, problem, chosen)
+            keep(memory, layer, attn, (text, images, ip_adapter_masks), photo, problem, chosen)
         out = run(problem, chosen)
         return _project_out(attn, out.transpose(1, 2).reshape(hidden_states.shape[0], hidden_states.shape[1], -1))
 
@@ -135,37 +135,6 @@ class _Fused:
 def _ours(processor: object) -> Any:
     """Which of the subclasses a processor has, perhaps below a class that someone else has put on it; None where none."""
     return next((kind for kind in type(processor).__mro__ if kind in STOCK), None)
-
-
-def _ready(
-    layer: Layer, memory: Memory, processor: Any, attn: Attention, hidden_states: Tensor, states: Any, masks: Any
-) -> Ready | None:
-    """A call that this one differs from in nothing but its queries, or None."""
-    if type(states) is not tuple or len(states) != 2:
-        return None
-    ready: Ready | None = memory.call(states[0], (layer, id(attn)))
-    if ready is None:
-        return None
-    return ready if ready.photo.is_still(processor, attn, hidden_states, states[1], masks, layer.session.impl) else None
-
-
-def _photo(*reads: Any) -> Photo | None:
-    try:
-        return Photo(*reads)
-    except Doubtful:
-        return None
-
-
-def _keep(
-    memory: Memory, layer: Layer, attn: Attention, inputs: tuple[Any, ...], photo: Photo, problem: Problem, impl: str
-) -> None:
-    """Keep a call for as long as its text, images and masks live."""
-    text, images, masks = inputs
-    try:
-        ready = Ready(photo, problem, impl, layer.reason)
-    except Doubtful:
-        return
-    memory.keep_call(text, (*images, *(mask for mask in masks or () if mask is not None)), (layer, id(attn)), ready)
 
 
 def _project_out(attn: Any, out: Tensor) -> Tensor:
