@@ -157,7 +157,9 @@ def test_weights_beyond_float16(
     truth = reference.decoupled_attention(
         exact[0], exact[1], torch.zeros_like(exact[2]), exact[3], [v.double() for v in image_values], **keywords
     )
-    assert (actual.double() - truth).abs().max() < 8 * torch.finfo(dtype).eps * truth.abs().max()
+    # in float32 the rounding of the scores is what counts, as in the budget of `reference.compare`
+    score = reference.largest_score(inputs.query, inputs.image_keys) if dtype == torch.float32 else 1.0
+    assert (actual.double() - truth).abs().max() < 4 * max(2.0, score) * torch.finfo(dtype).eps * truth.abs().max()
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # numpy, in the interpreter, for the poisoned row

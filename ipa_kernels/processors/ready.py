@@ -26,7 +26,7 @@ class Photo:
     """
 
     def __init__(self, processor: Any, attn: Attention, hidden_states: Tensor, images: Any, masks: Any, impl: str) -> None:
-        if torch.is_grad_enabled() or is_hooked(attn.to_q) or type(hidden_states) is not Tensor:
+        if torch.is_grad_enabled() or is_hooked(attn.to_q) or type(hidden_states) is not Tensor or hidden_states.is_meta:
             raise Doubtful
         self._impl = impl
         self._kind = type(processor)
