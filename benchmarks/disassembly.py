@@ -79,10 +79,10 @@ def _sass_width(opcode: str) -> int:
 
 def _ptx_widths(ptx: str, lines: range) -> list[int]:
     """Bytes per thread of each global load that stems from these lines of the kernel."""
-    widths, here = [], False
+    widths, here, kernel = [], False, _file_number(ptx)
     for line in ptx.splitlines():
         if ".loc" in line:
-            here = _stems_from(line, lines)
+            here = _stems_from(line, lines, kernel)
         elif here and (found := re.search(r"(?:ld\.global|cp\.async\.c[ag]\.shared\.global)\S*", line)):
             vector = re.search(r"\.v(\d)", found[0])
             bits = re.search(r"\.[bfu](\d+)", found[0])
@@ -94,9 +94,18 @@ def _ptx_widths(ptx: str, lines: range) -> list[int]:
     return widths
 
 
-def _stems_from(location: str, lines: range) -> bool:
-    """Whether a .loc, or one of the calls that it was inlined at, is on one of these lines of the kernel's file."""
-    return any(int(line) in lines for line in re.findall(r"decoupled_attention\.py:(\d+):", location))
+def _stems_from(location: str, lines: range, kernel: str) -> bool:
+    """Whether a .loc, or a call that it was inlined at, is on one of these lines of the kernel's file.
+
+    kernel: the number of that file. Triton 3.9 writes `inlined_at file line column`, older ones the whole chain in a comment.
+    """
+    found = re.findall(r"decoupled_attention\.py:(\d+):", location) + re.findall(rf"inlined_at {kernel} (\d+) ", location)
+    return any(int(line) in lines for line in found)
+
+
+def _file_number(listing: str) -> str:
+    found = re.search(r'\.file\s+(\d+)\s.*decoupled_attention\.py"', listing)
+    return found[1] if found else "none"
 
 
 _AMD_WIDTHS = {"dwordx4": 16, "b128": 16, "dwordx3": 12, "b96": 12, "dwordx2": 8, "b64": 8, "dword": 4, "b32": 4}
@@ -108,10 +117,10 @@ def _count_amd(assembly: str, shared: int, query_lines: range) -> Count:
         assert match is not None, f"no {name} in the assembly"
         return int(match.group(1))
 
-    loads, stores, here = [], [], False
+    loads, stores, here, kernel = [], [], False, _file_number(assembly)
     for line in assembly.splitlines():
         if "\t.loc" in line:
-            here = _stems_from(line, query_lines)
+            here = _stems_from(line, query_lines, kernel)
         elif found := re.match(r"\s+(?:global|buffer|flat)_(load|store)_(\w+)", line):
             width = _AMD_WIDTHS.get(found[2], 2)
             if found[1] == "store":

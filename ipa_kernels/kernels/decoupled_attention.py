@@ -17,7 +17,8 @@ from .tiles import (
     store_rows,
     tile_begin,
     tile_count,
-    tile_rest,
+    tile_fill,
+    tile_is_full,
     tile_width,
     weigh_values,
     zero_rows,
@@ -33,7 +34,10 @@ def _probabilities(
     s = ()
     for t in tl.static_range(tile_count(LENGTH)):
         k_tile = k_base + tile_begin(LENGTH, t) * k_stride.to(tl.int64)
-        s = s + (score_keys(q, k_tile, k_stride, tile_rest(LENGTH, t), HEAD_DIM, tile_width(LENGTH, t), PRECISION),)
+        scores = score_keys(
+            q, k_tile, k_stride, tile_fill(LENGTH, t), HEAD_DIM, tile_width(LENGTH, t), tile_is_full(LENGTH, t), PRECISION
+        )
+        s = s + (scores,)
     row_max = tl.max(s[0], 1)
     for t in tl.static_range(1, tile_count(LENGTH)):
         row_max = tl.maximum(row_max, tl.max(s[t], 1))
@@ -52,17 +56,20 @@ def _weigh(acc, p, v_base, v_stride, HEAD_DIM: tl.constexpr, LENGTH: tl.constexp
     """acc + p·V of a short branch."""
     for t in tl.static_range(tile_count(LENGTH)):
         v_tile = v_base + tile_begin(LENGTH, t) * v_stride.to(tl.int64)
-        acc = weigh_values(acc, p[t], v_tile, v_stride, tile_rest(LENGTH, t), HEAD_DIM, tile_width(LENGTH, t), PRECISION)
+        acc = weigh_values(
+            acc, p[t], v_tile, v_stride, tile_fill(LENGTH, t),
+            HEAD_DIM, tile_width(LENGTH, t), tile_is_full(LENGTH, t), PRECISION,
+        )  # fmt: skip
     return acc
 
 
 @triton.jit
 def _online_step(
     acc, row_sum, shift, q, k_base, v_base, k_stride, v_stride, left, qk_scale,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ALL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of the online softmax."""
-    s = score_keys(q, k_base, k_stride, left, HEAD_DIM, WIDTH, PRECISION)
+    s = score_keys(q, k_base, k_stride, left, HEAD_DIM, WIDTH, ALL, PRECISION)
     # the shift is carried as it was rounded, so that what is summed already and what is added have the same one
     new_shift = tl.maximum(shift, tl.max(s, 1) * qk_scale)
     # while all scores are -inf there is nothing to shift by, and -inf - -inf would be NaN
@@ -70,7 +77,7 @@ def _online_step(
     alpha = tl.exp2(shift - finite_shift)
     p = exp2_scaled(s, qk_scale, finite_shift)
     row_sum = row_sum * alpha + tl.sum(p, 1)
-    acc = weigh_values(scale_rows(acc, alpha), p, v_base, v_stride, left, HEAD_DIM, WIDTH, PRECISION)
+    acc = weigh_values(scale_rows(acc, alpha), p, v_base, v_stride, left, HEAD_DIM, WIDTH, ALL, PRECISION)
     return acc, row_sum, new_shift
 
 
@@ -87,13 +94,13 @@ def _attend_looped(
     for begin in tl.range(0, blocks, BLOCK_N):
         acc, row_sum, shift = _online_step(
             acc, row_sum, shift, q, k_base + begin * k_stride.to(tl.int64), v_base + begin * v_stride.to(tl.int64),
-            k_stride, v_stride, None, qk_scale, HEAD_DIM, BLOCK_N, PRECISION,
+            k_stride, v_stride, BLOCK_N, qk_scale, HEAD_DIM, BLOCK_N, True, PRECISION,
         )  # fmt: skip
     for t in tl.static_range(tile_count(REST)):
         begin = blocks + tile_begin(REST, t)
         acc, row_sum, shift = _online_step(
             acc, row_sum, shift, q, k_base + begin * k_stride.to(tl.int64), v_base + begin * v_stride.to(tl.int64),
-            k_stride, v_stride, length - begin, qk_scale, HEAD_DIM, tile_width(REST, t), PRECISION,
+            k_stride, v_stride, length - begin, qk_scale, HEAD_DIM, tile_width(REST, t), False, PRECISION,
         )  # fmt: skip
     return acc, row_sum
 
@@ -193,7 +200,7 @@ def decoupled_attention_kernel(
     in_range = rows < q_len - first
 
     q_base = _of_head(q_ptr, q_strides, batch, head, VECTOR) + first * q_strides[2] * VECTOR
-    q = load_rows(q_base, q_strides[2] * VECTOR, in_range, HEAD_DIM, BLOCK_M)
+    q = load_rows(q_base, q_strides[2] * VECTOR, in_range, HEAD_DIM, BLOCK_M, False)
 
     acc = _text(
         q, _of_head(k_ptrs[0], k_strides[0], batch, head, VECTOR), _of_head(v_ptrs[0], v_strides[0], batch, head, VECTOR),

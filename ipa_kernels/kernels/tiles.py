@@ -42,28 +42,33 @@ def tile_width(extent, index):
 
 
 @triton.constexpr_function
-def tile_rest(extent, index):
-    """How much of the extent is left in a tile that it does not fill; None for one that it fills."""
+def tile_fill(extent, index):
+    """How much of the extent is in a tile: its width, or less in the last one."""
     begin, width = cut(extent)[index]
-    return None if begin + width <= extent else extent - begin
+    return min(width, extent - begin)
+
+
+@triton.constexpr_function
+def tile_is_full(extent, index):
+    return tile_fill(extent, index) == cut(extent)[index][1]
 
 
 @triton.jit
-def load_rows(base, row_stride, in_range, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr):
-    """A tuple of tiles [ROWS, D_d]; zero where a column does not exist, or a row (in_range [ROWS]; None: all do)."""
+def load_rows(base, row_stride, exist, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, ALL: tl.constexpr):
+    """A tuple of tiles [ROWS, D_d]; zero where a column does not exist, or a row (exist [ROWS]; not read where ALL do)."""
     tiles = ()
     for d in tl.static_range(tile_count(HEAD_DIM)):
         columns = tile_begin(HEAD_DIM, d) + tl.arange(0, tile_width(HEAD_DIM, d))
         pointers = base + tl.arange(0, ROWS)[:, None] * row_stride + columns[None, :]
-        if tile_rest(HEAD_DIM, d) is None:
-            if in_range is None:
+        if tile_is_full(HEAD_DIM, d):
+            if ALL:
                 tile = tl.load(pointers)
             else:
-                tile = tl.load(pointers, mask=in_range[:, None], other=0.0)
-        elif in_range is None:
+                tile = tl.load(pointers, mask=exist[:, None], other=0.0)
+        elif ALL:
             tile = tl.load(pointers, mask=(columns < HEAD_DIM)[None, :], other=0.0)
         else:
-            tile = tl.load(pointers, mask=in_range[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
+            tile = tl.load(pointers, mask=exist[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
         tiles = tiles + (tile,)
     return tiles
 
@@ -80,38 +85,33 @@ def store_rows(base, row_stride, in_range, tiles, HEAD_DIM: tl.constexpr, ROWS: 
         groups = tile_begin(HEAD_DIM, d) + tl.arange(0, tile_width(HEAD_DIM, d) // 8) * 8
         pointers = base + (rows + groups[None, :])[:, :, None] + tl.arange(0, 8)[None, None, :]
         mask = in_range[:, None]
-        if tile_rest(HEAD_DIM, d) is not None:
+        if not tile_is_full(HEAD_DIM, d):
             mask = mask & (groups < HEAD_DIM)[None, :]
         values = tl.reshape(tiles[d].to(base.dtype.element_ty), [ROWS, tile_width(HEAD_DIM, d) // 8, 8])
         tl.store(pointers, values, mask=tl.broadcast_to(mask[:, :, None], values.shape))
 
 
 @triton.jit
-def keys_left(left, WIDTH: tl.constexpr):
-    """[WIDTH] which keys of a tile exist, where `left` says how many; None where all do."""
-    if left is None:
-        return None
-    else:
-        return tl.arange(0, WIDTH) < left
-
-
-@triton.jit
-def score_keys(q, k_base, k_stride, left, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
-    """Scores [M, WIDTH] of the keys at `k_base`, unscaled, float32; -inf from `left` on (None: all exist)."""
-    exist = keys_left(left, WIDTH)
-    k = load_rows(k_base, k_stride, exist, HEAD_DIM, WIDTH)
+def score_keys(
+    q, k_base, k_stride, left, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ALL: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Scores [M, WIDTH] of the keys at `k_base`, unscaled, float32; -inf from `left` on, unless ALL exist."""
+    exist = tl.arange(0, WIDTH) < left
+    k = load_rows(k_base, k_stride, exist, HEAD_DIM, WIDTH, ALL)
     scores = tl.dot(q[0], tl.trans(k[0]), input_precision=PRECISION)
     for d in tl.static_range(1, tile_count(HEAD_DIM)):
         scores = tl.dot(q[d], tl.trans(k[d]), scores, input_precision=PRECISION)
-    if exist is not None:
+    if not ALL:
         scores = tl.where(exist[None, :], scores, float("-inf"))
     return scores
 
 
 @triton.jit
-def weigh_values(acc, p, v_base, v_stride, left, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+def weigh_values(
+    acc, p, v_base, v_stride, left, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ALL: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
     """acc + p·V over the values at `v_base`, as a tuple of tiles [M, D_d]; p [M, WIDTH] is rounded to the type of V."""
-    v = load_rows(v_base, v_stride, keys_left(left, WIDTH), HEAD_DIM, WIDTH)
+    v = load_rows(v_base, v_stride, tl.arange(0, WIDTH) < left, HEAD_DIM, WIDTH, ALL)
     out = ()
     for d in tl.static_range(tile_count(HEAD_DIM)):
         out = out + (tl.dot(p.to(v[d].dtype), v[d], acc[d], input_precision=PRECISION),)
