@@ -96,7 +96,8 @@ def entries(archs: list[str], dtypes: list[str], head_dims: list[int], which: st
     for arch in archs:
         turn = 0
         for row in (row for row in launch_table.TABLE if arch in row.archs):
-            dims = [head_dim for head_dim in head_dims if head_dim in row.head_dims]
+            # only what a launch can find: an earlier row may have taken a head dim
+            dims = [d for d in head_dims if launch_table.find(arch, row.bits, d, row.queries) is row.config]
             for dtype in (dtype for dtype in dtypes if _bits(dtype) == row.bits):
                 if which == "quick":
                     classes = list(hardest(row.config))

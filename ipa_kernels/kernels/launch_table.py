@@ -84,6 +84,7 @@ def _dims(first: int, last: int) -> range:
 # repeat each other's products. Whether four or eight such warps are a block is decided by which of the two spills nowhere.
 # LaunchConfig(block_m, block_n, whole_keys, whole_image_keys, ...)
 TABLE = (
+    Row(SM_120, 16, _dims(56, 56), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8)),
     Row(MMA, 16, _dims(8, 56), ANY, LaunchConfig(128, 32, 128, 32, num_warps=8)),
     Row(MMA, 16, _dims(64, 64), ANY, LaunchConfig(64, 32, 128, 32, num_warps=4)),
     Row(AMPERE, 16, _dims(72, 80), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8, max_registers=255)),
