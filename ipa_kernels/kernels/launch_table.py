@@ -107,7 +107,7 @@ TABLE = (
     Row(RDNA3, 16, _dims(72, 80), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, num_stages=1)),
     Row(RDNA3, 16, _dims(88, 96), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, num_stages=1, max_image_keys=16)),
     Row(RDNA4, 16, _dims(8, 96), ANY, LaunchConfig(64, 32, 128, 32, num_warps=4, num_stages=1)),
-    Row(RDNA4, 16, _dims(104, 160), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, num_stages=1, max_image_keys=16)),
+    Row(RDNA4, 16, _dims(104, 144), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, num_stages=1, max_image_keys=16)),
     # IEEE float32 has no tensor cores: small tiles, for the sake of registers and compile time
     Row(tuple(SHARED_MEMORY), 32, _dims(8, 160), ANY, LaunchConfig(32, 32, 80, 32, num_warps=4)),
 )
