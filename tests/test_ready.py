@@ -218,9 +218,8 @@ def test_what_is_edited_is_seen(edit: Callable[[Bench], object], bench: Bench) -
     assert torch.equal(bench(), bench.stock())
 
 
+@pytest.mark.parametrize("bench", [True], indirect=True, ids=["masked"])
 def test_scales_per_image(bench: Bench) -> None:
-    if not bench.options:
-        pytest.skip("diffusers refuses a scale per image without masks: the masked case covers it")
     bench.processor.scale[1] = [0.5, 0.25]
     assert torch.equal(bench(), bench.stock())
     bench.processor.scale[1][0] = 0.75
