@@ -13,7 +13,7 @@ else
 GPU_PYTHON := $(PYTHON)
 endif
 
-.PHONY: help setup demo test test-gpu gpu check format bench bench-micro compile-report clean
+.PHONY: help setup demo test test-slow test-gpu gpu check format bench bench-micro compile-report clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -34,7 +34,10 @@ demo: $(READY) ## run a small pipeline with an IP-Adapter, stock and accelerated
 
 test: $(READY) ## run the tests (CPU; the kernel runs in Triton's interpreter)
 	@echo "== tests on the CPU; a GPU, if there is one, is hidden from them (make test-gpu uses it)"
-	@CUDA_VISIBLE_DEVICES=-1 HIP_VISIBLE_DEVICES=-1 $(BIN)/python -m pytest --numprocesses=2
+	@CUDA_VISIBLE_DEVICES=-1 HIP_VISIBLE_DEVICES=-1 $(BIN)/python -m pytest -m 'not slow' --numprocesses=2
+
+test-slow: $(READY) ## run the tests that take minutes each
+	@CUDA_VISIBLE_DEVICES=-1 HIP_VISIBLE_DEVICES=-1 $(BIN)/python -m pytest -m slow --numprocesses=2
 
 test-gpu: $(READY) ## run the gpu-marked tests, and the kernel's tests in every dtype
 	@$(BIN)/python -m pytest -m gpu

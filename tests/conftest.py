@@ -48,6 +48,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
         tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.dtype.is_floating_point and not tensor.is_meta else tensor
+        with torch.no_grad():
+            return tensor.fill_(float("nan")) if tensor.dtype.is_floating_point and not tensor.is_meta else tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)

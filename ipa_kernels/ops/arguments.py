@@ -13,7 +13,8 @@ class Problem:
     """A validated call. Branch 0 is the text; image branch i is `keys[i + 1]`.
 
     keys, values: [B or 1, H, N, D]; scales: one float per image branch, or a tensor [B or 1, n]; masks: [B or 1, M] or None,
-    one per image branch; attn_mask: [B or 1, H or 1, M or 1, N or 1] or None; softmax_scale: multiplies Q·Kᵗ.
+    one per image branch; attn_mask: [B or 1, H or 1, M or 1, N or 1] or None; softmax_scale: multiplies Q·Kᵗ. rounds_scales:
+    whether eager rounds a tensor of scales to the dtype of the query, as stock does with one; numbers are not rounded.
     """
 
     query: Tensor
@@ -23,6 +24,7 @@ class Problem:
     masks: tuple[Tensor | None, ...]
     attn_mask: Tensor | None
     softmax_scale: float
+    rounds_scales: bool = True
 
     @property
     def lengths(self) -> tuple[int, ...]:

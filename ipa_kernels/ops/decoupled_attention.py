@@ -15,6 +15,7 @@ from .support import (
     automatic_reasons,
     call_reasons,
     describe,
+    graph_reasons,
     kernel_module,
     launch_config,
     slower_reasons,
@@ -67,7 +68,7 @@ def decoupled_attention(
     """
     problem = check_arguments(query, key, value, image_keys, image_values, image_scales, image_masks, attn_mask, scale)
     chosen, _ = choose(problem, impl)
-    return run(problem, chosen)
+    return record(problem, impl) if chosen == "triton" and is_traced(problem) else run(problem, chosen)
 
 
 def check_impl(impl: str) -> None:
@@ -77,22 +78,56 @@ def check_impl(impl: str) -> None:
 
 
 def choose(problem: Problem, impl: str) -> tuple[str, list[str]]:
-    """("triton" or "eager", why not the kernel); raises UnsupportedError where "triton" is demanded and cannot be."""
+    """("triton" or "eager", why not the kernel); raises UnsupportedError where "triton" is demanded and cannot be.
+
+    In a graph that is traced, or without data, this is as far as the sizes do not tell.
+    """
     check_impl(impl)
     if impl == "eager":
         return "eager", ['impl="eager"']
-    reasons = call_reasons(problem)
-    if impl == "auto":
+    traced = is_traced(problem)
+    reasons = graph_reasons(problem, impl) if traced else call_reasons(problem)
+    if impl == "auto" and not traced:
         reasons += automatic_reasons(problem.query.device, problem.query.dtype)
         reasons += [] if reasons else slower_reasons(problem)
-    elif reasons:
+    if impl == "triton" and reasons:
         raise UnsupportedError(f'impl="triton" cannot run {describe(problem)}: ' + "; ".join(reasons))
     return ("eager" if reasons else "triton"), reasons
 
 
+def is_traced(problem: Problem) -> bool:
+    """Whether a call is recorded by a compiler, or has no data: then the kernel is one opaque op."""
+    return torch.compiler.is_compiling() or is_fake(problem.query)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor is one of `torch._subclasses.FakeTensor`, by name: importing that class takes seconds."""
+    return type(tensor).__name__ == "FakeTensor"
+
+
 def run(problem: Problem, impl: str) -> Tensor:
     """Run the implementation that `choose` named."""
-    return prepare(problem)(problem.query) if impl == "triton" else eager.decoupled_attention(problem)
+    if impl == "eager":
+        return eager.decoupled_attention(problem)
+    return record(problem, "auto") if is_fake(problem.query) else prepare(problem)(problem.query)
+
+
+def record(problem: Problem, impl: str) -> Tensor:
+    """The kernel in a graph, as the op of `registered`; where "auto" finds its sizes to be for eager, that runs inside."""
+    scales = problem.scales
+    if problem.masks and not isinstance(scales, Tensor):
+        # a number that changes from call to call is a symbol here: filled in, it stays one
+        scales = torch.cat([problem.query.new_full((1, 1), scale, dtype=torch.float32) for scale in scales], dim=1)
+    return torch.ops.ipa_kernels.decoupled_attention(  # type: ignore[no-any-return]
+        problem.query,
+        list(problem.keys),
+        list(problem.values),
+        scales if problem.masks else None,
+        list(problem.masks),
+        problem.softmax_scale,
+        problem.rounds_scales,
+        impl,
+    )
 
 
 def prepare(problem: Problem) -> "Launch":

@@ -26,7 +26,7 @@ def decoupled_attention(problem: Problem) -> Tensor:
             image = image.mul_(weights) if in_place and not weights.requires_grad else image * weights
         if isinstance(scale, Tensor):
             # selected, not multiplied: a branch of scale 0 contributes nothing even where it holds NaN
-            out = torch.where(scale == 0, out, out + scale * image)
+            out = torch.where(scale == 0, out, out + (scale * image).to(image.dtype))
             continue
         if not in_place:
             out = out + scale * image
@@ -51,5 +51,6 @@ def _attention(problem: Problem, branch: int, bias: Tensor | None) -> Tensor:
 def _scale(problem: Problem, i: int) -> float | Tensor:
     scales = problem.scales
     if isinstance(scales, Tensor):
-        return scales[:, i, None, None, None].to(problem.query.device, problem.query.dtype)
+        dtype = problem.query.dtype if problem.rounds_scales else scales.dtype
+        return scales[:, i, None, None, None].to(problem.query.device, dtype)
     return scales[i]

@@ -2,7 +2,10 @@
 
 import functools
 import importlib
+import operator
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +18,20 @@ class UnsupportedError(ValueError):
     """The kernel was demanded (`impl="triton"`) where it cannot run; the message lists every reason."""
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _settled_when_traced(function: F) -> F:
+    """`torch.compiler.assume_constant_result`, without its import of the compiler: a graph holds the result of the look-up."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 _BITS = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32}
+
+
+_BIAS = "attn_mask: the kernel takes no bias on the text branch"
+_GRADIENT = "gradient: an input requires grad and the kernel has no backward; use torch.no_grad() or eager"
 
 
 @functools.cache
@@ -121,13 +137,13 @@ def call_reasons(problem: Problem) -> list[str]:
     reasons = layer_reasons(query.device, query.dtype, query.shape[3])
     reasons += _length_reasons(problem)
     if problem.attn_mask is not None:
-        reasons.append("attn_mask: the kernel takes no bias on the text branch")
+        reasons.append(_BIAS)
     if not 1e-30 < problem.softmax_scale < 1e30:
         reasons.append(f"scale {problem.softmax_scale}: the kernel needs a positive softmax scale within float32")
     if query.shape[0] > 65535:
         reasons.append(f"batch {query.shape[0]}: a GPU grid ends at 65535")
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in problem.tensors()):
-        reasons.append("gradient: an input requires grad and the kernel has no backward; use torch.no_grad() or eager")
+        reasons.append(_GRADIENT)
     if torch.autograd.forward_ad._current_level >= 0:
         reasons.append("forward-mode differentiation: the kernel has no tangents; leaving its dual level lifts this")
     for name, tensor in _named(problem):
@@ -138,6 +154,23 @@ def call_reasons(problem: Problem) -> list[str]:
     for name, tensor in (*_named(problem), *weights):
         if tensor.is_neg():
             reasons.append(f"{name}: a lazily negated view; resolve_neg() lifts this")
+    return reasons
+
+
+@_settled_when_traced
+def _device_reasons(device: torch.device, dtype: torch.dtype, head_dim: int, impl: str) -> tuple[str, ...]:
+    reasons = layer_reasons(device, dtype, head_dim)
+    return (*reasons, *automatic_reasons(device, dtype)) if impl == "auto" else tuple(reasons)
+
+
+def graph_reasons(problem: Problem, impl: str) -> list[str]:
+    """Why a graph that is traced now has no kernel in it. Sizes and strides may be symbols: the op looks at them later."""
+    query = problem.query
+    reasons = [*_device_reasons(query.device, query.dtype, operator.index(query.shape[3]), impl)]
+    if problem.attn_mask is not None:
+        reasons.append(_BIAS)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in problem.tensors()):
+        reasons.append(_GRADIENT)
     return reasons
 
 

@@ -1,0 +1,147 @@
+"""The op under a compiler, an exporter and fake tensors: one node, any sizes, the same values."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import ipa_kernels
+from ipa_kernels import decoupled_attention
+
+OP = torch.ops.ipa_kernels.decoupled_attention
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def draw(queries: int = 40, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    """Text of 7 keys, images of 4 and 3; the second is shared by the batch."""
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype)
+
+    images = [[randn(2, 2, 4, 16), randn(1, 2, 3, 16)] for _ in range(2)]
+    return randn(2, 2, queries, 16), randn(2, 2, 7, 16), randn(2, 2, 7, 16), *images
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, keys: Any, values: Any, scales: Any, masks: Any, impl: str) -> Tensor:
+    return decoupled_attention(query, key, value, keys, values, image_scales=scales, image_masks=masks, impl=impl)
+
+
+class Core(nn.Module):
+    """With one image branch, for exporters, which take no lists."""
+
+    def __init__(self, impl: str) -> None:
+        super().__init__()
+        self.impl = impl
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, scale: Tensor, mask: Tensor
+    ) -> Any:
+        return attend(query, key, value, [keys], [values], scale, [mask], self.impl)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("impl", ["triton", "auto"])
+def test_opcheck(impl: str, dtype: torch.dtype) -> None:
+    query, key, value, keys, values = draw(dtype=dtype)
+    some = query, [key, *keys], [value, *values], torch.tensor([[0.5, 0.0]]), [None, torch.rand(1, 40)], 0.25, True, impl
+    none = query, [key], [value], None, [], 0.25, True, impl
+    for arguments in (some, none):
+        torch.library.opcheck(OP, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("impl", ["auto", "triton", "eager"])
+def test_one_graph_for_any_scale_and_any_number_of_queries(impl: str, dynamic: bool | None) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(attend, fullgraph=True, backend=backend, dynamic=dynamic)
+    for queries in (40, 56, 33):
+        for scales in (torch.tensor([0.5, 0.0]), torch.tensor([-1.0, 1.0])):
+            inputs = draw(queries)
+            masks = [None, torch.rand(queries)]
+            expected = attend(*inputs, scales, masks, "eager")
+            torch.testing.assert_close(compiled(*inputs, scales, masks, impl), expected, rtol=1e-5, atol=1e-5)
+    assert len(graphs) == (1 if dynamic else 2), "the second number of queries makes it a symbol"
+    for scales in (0.5, 0.7, 0.0, 1, [0.3, 0.4], [0.0, 0.9]):
+        inputs = draw()
+        expected = attend(*inputs, scales, None, "eager")
+        torch.testing.assert_close(compiled(*inputs, scales, None, impl), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_branch_of_scale_0_is_left_out_by_selection() -> None:
+    """Whatever it holds: in a graph the scale is data."""
+    query, key, value, keys, values = draw()
+    values[0].fill_(float("nan"))
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    for impl in ("eager", "triton"):
+        out = compiled(query, key, value, keys, values, torch.tensor([0.0, 0.5]), None, impl)
+        expected = attend(query, key, value, keys[1:], values[1:], 0.5, None, "eager")
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_in_a_graph_is_eager() -> None:
+    query, key, value, keys, values = draw()
+    query.requires_grad_()
+    scales = torch.tensor([0.5, 0.8])
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    (found,) = torch.autograd.grad(compiled(query, key, value, keys, values, scales, None, "auto").square().sum(), query)
+    (expected,) = torch.autograd.grad(attend(query, key, value, keys, values, scales, None, "eager").square().sum(), query)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_export(impl: str, strict: bool) -> None:
+    query, key, value, keys, values = draw()
+    inputs = query, key, value, keys[0], values[0], torch.tensor([0.7]), torch.rand(40)
+    program = torch.export.export(Core(impl), inputs, strict=strict)
+    nodes = [node for node in program.graph.nodes if node.target is OP.default]
+    assert len(nodes) == (impl == "triton")
+    torch.testing.assert_close(program.module()(*inputs), Core("eager")(*inputs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_ahead_of_time(impl: str, tmp_path: Path) -> None:
+    """AOTInductor: a package that is loaded again."""
+    query, key, value, keys, values = draw()
+    inputs = query, key, value, keys[0], values[0], torch.tensor([0.7]), torch.rand(40)
+    program = torch.export.export(Core(impl), inputs)
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "core.pt2"))
+    loaded = torch._inductor.aoti_load_package(package)
+    torch.testing.assert_close(loaded(*inputs), Core("eager")(*inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_fake_tensors() -> None:
+    """Tools that count memory or shapes run models without data."""
+    query, key, value, keys, values = draw()
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(tensor) for tensor in (query, key, value)]
+        images = [[mode.from_tensor(tensor) for tensor in tensors] for tensors in (keys, values)]
+        out = attend(*fake, *images, 0.5, None, "triton")
+    assert out.shape == query.shape
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_what_the_kernel_cannot_run_is_told_while_tracing() -> None:
+    inputs = draw(dtype=torch.float64)
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"the kernel computes in float16, bfloat16 and float32"):
+        compiled(*inputs, 0.5, None, "triton")
+    assert compiled(*inputs, 0.5, None, "auto").dtype == torch.float64
+    assert issubclass(ipa_kernels.UnsupportedError, ValueError)
