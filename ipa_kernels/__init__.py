@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .integration import accelerated, clear_cache, disable, enable, explain
     from .ops import UnsupportedError, decoupled_attention
+    from .preparation import prepare
     from .report import FallbackWarning, LayerReport, Report
 
 _HOMES = {
@@ -17,6 +18,7 @@ _HOMES = {
     "disable": "integration",
     "enable": "integration",
     "explain": "integration",
+    "prepare": "preparation",
     "decoupled_attention": "ops",
     "UnsupportedError": "ops",
     "LayerReport": "report",
@@ -35,6 +37,7 @@ __all__ = [
     "disable",
     "enable",
     "explain",
+    "prepare",
 ]
 
 

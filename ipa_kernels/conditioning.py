@@ -100,16 +100,19 @@ class Memory:
         self._sources: dict[int, _Source] = {}
         self._schedule = _Schedule()
 
-    def enter(self, timestep: Any, condition: tuple[int, ...]) -> None:
-        """A step of the UNet begins, for the tensors with the ids of `condition`; `leave` ends it.
+    def enter(self, timestep: Any, condition: tuple[int, ...]) -> bool:
+        """A step of the UNet begins, for the tensors with the ids of `condition`; `leave` ends it. Whether it goes on with a
+        generation.
 
         A timestep that does not follow the one before begins a new generation, and everything is forgotten: a weight may have
         been edited in a way that no version shows (`weight.data`).
         """
-        if not self._schedule.follows(timestep, condition):
+        follows = self._schedule.follows(timestep, condition)
+        if not follows:
             self.forget()
         hooked = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
         _ACTIVE.memory = None if torch.is_grad_enabled() or hooked or _is_recorded() else self
+        return follows
 
     @staticmethod
     def leave() -> None:

@@ -17,7 +17,7 @@ from .conditioning import Memory
 from .ops.decoupled_attention import UnsupportedError, check_impl
 from .report import CacheReport, LayerReport, Report
 
-_OFF = "IPA_KERNELS_DISABLE"
+OFF = "IPA_KERNELS_DISABLE"
 
 
 def enable(target: Any, *, impl: str = "auto", cache: bool = True) -> Report:
@@ -44,12 +44,12 @@ def enable(target: Any, *, impl: str = "auto", cache: bool = True) -> Report:
     says so.
     """
     check_impl(impl)
-    unet = _unet(target)
-    if os.environ.get(_OFF) == "1":
+    unet = unet_of(target)
+    if os.environ.get(OFF) == "1":
         report = explain(target)
-        report.note = f"{_OFF}=1: enable did nothing"
+        report.note = f"{OFF}=1: enable did nothing"
         return report
-    watch = _watch()
+    watch = watch_module()
     with watch.SWITCH:
         options = watch.Options(impl, cache)
         report = _switch_on(unet, type(target).__name__, options)
@@ -62,8 +62,8 @@ def disable(target: Any) -> None:
 
     Raises TypeError for a target of a kind that is not known, ImportError without diffusers.
     """
-    unet = _unet(target)
-    watch = _watch()
+    unet = unet_of(target)
+    watch = watch_module()
     with watch.SWITCH:
         found = watch.of(unet)
         if found is None:
@@ -71,6 +71,7 @@ def disable(target: Any) -> None:
         found.detach(unet)
         found.give_back(unet)
         found.session.memory.forget()
+        found.drop_buffers()
 
 
 @contextmanager
@@ -79,9 +80,9 @@ def accelerated(target: Any, *, impl: str = "auto", cache: bool = True) -> Itera
 
     Blocks may overlap, in one thread or several: the UNet stays enabled until the last one ends.
     """
-    unet = _unet(target)
-    watch = _watch()
-    if os.environ.get(_OFF) == "1":
+    unet = unet_of(target)
+    watch = watch_module()
+    if os.environ.get(OFF) == "1":
         yield enable(target, impl=impl, cache=cache)
         return
     check_impl(impl)
@@ -103,7 +104,7 @@ def accelerated(target: Any, *, impl: str = "auto", cache: bool = True) -> Itera
 
 def _end_block(unet: Any, block: Any, base: Any) -> None:
     """Bring back what an `accelerated` block found, or what another block that is still open asks for."""
-    watch = _watch()
+    watch = watch_module()
     found = watch.of(unet)
     if found is None:
         # disabled inside the block
@@ -122,7 +123,7 @@ def _end_block(unet: Any, block: Any, base: Any) -> None:
 
 def _switch_on(unet: Any, target: str, options: Any) -> Report:
     """What `enable` and `accelerated` share; whatever is raised, the UNet is as before."""
-    watch = _watch()
+    watch = watch_module()
     if options.impl == "triton":
         _demand_kernel(unet)
     found = watch.of(unet)
@@ -152,12 +153,12 @@ def explain(target: Any) -> Report:
 
     Raises TypeError for a target of a kind that is not known, ImportError without diffusers.
     """
-    return _report(_unet(target), type(target).__name__)
+    return _report(unet_of(target), type(target).__name__)
 
 
 def _report(unet: Any, target: str) -> Report:
     families = _families()
-    watch = _watch()
+    watch = watch_module()
     state = watch.of(unet)
     impl = state.session.impl if state is not None else "auto"
     device, dtype = _execution_device(unet), unet.dtype
@@ -184,17 +185,19 @@ def _report(unet: Any, target: str) -> Report:
         note=waits if state is not None and not layers else "",
         layers=layers,
         cache=CacheReport() if memory is None else CacheReport(memory.hits, memory.misses, memory.bytes),
+        prepared=0 if state is None or state.buffers is None else state.buffers.bytes,
     )
 
 
 def clear_cache(target: Any) -> None:
-    """Drop everything remembered from earlier generations, and count from 0 again.
+    """Drop everything remembered from earlier generations, and what was prepared; count from 0 again.
 
     Raises TypeError for a target of a kind that is not known, ImportError without diffusers.
     """
-    state = _watch().of(_unet(target))
+    state = watch_module().of(unet_of(target))
     if state is not None:
         state.session.memory = Memory()
+        state.drop_buffers()
 
 
 def _families() -> ModuleType:
@@ -205,14 +208,14 @@ def _families() -> ModuleType:
     return unet
 
 
-def _watch() -> ModuleType:
+def watch_module() -> ModuleType:
     _families()
     from . import watch
 
     return watch
 
 
-def _unet(target: Any) -> Any:
+def unet_of(target: Any) -> Any:
     """The UNet of a pipeline, a compiled UNet's original, or the UNet itself."""
     _families()
     from diffusers import UNet2DConditionModel, UNetMotionModel
@@ -240,7 +243,7 @@ def _demand_kernel(unet: Any) -> None:
     families = _families()
     device, dtype = _execution_device(unet), unet.dtype
     refused: dict[str, list[str]] = {}
-    for name, attention in _watch().adapter_layers(unet):
+    for name, attention in watch_module().adapter_layers(unet):
         _, reasons = families.layer_plan(attention, attention.processor, "triton", device, dtype)
         for reason in reasons:
             refused.setdefault(reason, []).append(name)

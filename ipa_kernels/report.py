@@ -34,7 +34,10 @@ class LayerReport:
 
 @dataclass
 class Report:
-    """A snapshot of what runs where. The counts take what a layer ran last, before its first call what is planned."""
+    """A snapshot of what runs where. The counts take what a layer ran last, before its first call what is planned.
+
+    prepared: bytes of what `prepare` keeps in place for compiled and captured steps.
+    """
 
     target: str
     enabled: bool
@@ -42,6 +45,7 @@ class Report:
     note: str = ""
     layers: list[LayerReport] = field(default_factory=list)
     cache: CacheReport = field(default_factory=CacheReport)
+    prepared: int = 0
 
     @property
     def triton(self) -> int:
@@ -75,6 +79,8 @@ class Report:
             lines.append(f"  {layers:>4} x {impl:6} {what}{': ' + reason if reason else ''}")
         if any(self.cache):
             lines.append(f"  cache: {self.cache.hits} hits, {self.cache.misses} misses, {self.cache.bytes} bytes")
+        if self.prepared:
+            lines.append(f"  prepared: {self.prepared} bytes")
         return "\n".join(lines)
 
     def _count(self, impl: str) -> int:

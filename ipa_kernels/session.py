@@ -3,20 +3,29 @@
 import re
 import warnings
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from .conditioning import Memory
 from .report import FallbackWarning
+from .scales import Table
 
 
 class Session:
-    """Shared by what was taken over in one UNet: the options, the reasons warned about, the memory, and the modules."""
+    """Shared by what was taken over in one UNet: the options, the reasons warned about, the memory, and the modules.
+
+    device: where the tables of scales are; is_prepared: whether what the layers hold is what the step that runs was given;
+    is_captured: whether a CUDA graph is recorded from the step that runs.
+    """
 
     def __init__(self, impl: str, cache: bool) -> None:
         self.impl = impl
         self.cache = cache
+        self.device = torch.device("cpu")
+        self.is_prepared = False
+        self.is_captured = False
         self.warned: set[str] = set()
         self.memory = Memory()
         # weak: a processor that diffusers has dropped is gone, one that it has put aside is still found
@@ -33,12 +42,29 @@ class Session:
         return Session, (self.impl, self.cache)
 
 
+class Held(NamedTuple):
+    """What was prepared for one layer, in memory that is refilled and never moves.
+
+    keys, values: [B, N, H·D], text first; vectors: for a number of queries, a mask [B or 1, M] or None for each image branch.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    vectors: dict[int, list[Tensor | None]]
+
+
 class Layer:
-    """What one processor remembers: its place, and what its last call ran."""
+    """What one processor remembers: its place, and what its last call ran.
+
+    table: its scales as data; found: the list of scales that was there before; held: None where nothing was prepared.
+    """
 
     def __init__(self, name: str, session: Session) -> None:
         self.name = name
         self.session = session
+        self.table = Table(session.device)
+        self.found: Any = None
+        self.held: Held | None = None
         self.impl: str | None = None
         self.reason = ""
         self.calls = 0
@@ -51,3 +77,8 @@ class Layer:
         if self.session.impl == "auto":
             for reason in reasons:
                 self.session.warn_once(reason, "eager attention runs" if impl == "eager" else "diffusers' own code runs")
+
+
+def is_recorded(session: Session) -> bool:
+    """Whether a call is recorded, by a compiler or for a CUDA graph, to be run again with other data."""
+    return torch.compiler.is_compiling() or session.is_captured

@@ -2,14 +2,18 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch._dynamo.decorators import disable, skip
 
 from .ops import UnsupportedError
 from .processors import projections
 from .processors import unet as families
+from .processors.buffers import Buffers, Inputs
 from .session import Session
 
 _STATE = "_ipa_kernels"
@@ -19,6 +23,35 @@ _STEP = ("sample", "timestep", "encoder_hidden_states")
 
 SWITCH = threading.RLock()
 """Held by whoever changes what is enabled: steps of one UNet may run in several threads, each may find a new adapter."""
+
+
+_THREAD = threading.local()
+"""Of each thread: whether its next step is to be stopped, and the steps that it is in, each with the buffers that it reads."""
+
+
+class Stopped(BaseException):
+    """Raised in the place of a UNet's step; args: its positional and its keyword arguments."""
+
+
+def named(arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a step by name, as far as they are looked at."""
+    return dict(zip(_STEP, arguments, strict=False)) | options
+
+
+def first_step(call: Callable[[], object]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the first step that a pipeline runs. The pipeline is stopped there.
+
+    Raises RuntimeError where no enabled UNet is called.
+    """
+    _THREAD.stops = True
+    try:
+        call()
+    except Stopped as step:
+        arguments, options = step.args
+        return arguments, options
+    finally:
+        _THREAD.stops = False
+    raise RuntimeError("the pipeline returned without a step of an enabled UNet")
 
 
 class Options(NamedTuple):
@@ -55,7 +88,8 @@ class Watch:
     """The state of an enabled UNet.
 
     base: the options of `enable`, None where only `accelerated` blocks are open; blocks: the options of those, oldest first;
-    is_closed: disabled, perhaps by another thread in the middle of a step, which then takes over nothing more.
+    buffers: what was prepared, if anything; is_closed: disabled, perhaps by another thread in the middle of a step, which then
+    takes over nothing more.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -64,6 +98,7 @@ class Watch:
         self.base: Options | None = None
         self.blocks: list[list[Options]] = []
         self.handles: list[Any] = []
+        self.buffers: Buffers | None = None
         self.is_closed = False
 
     def attach(self, unet: nn.Module) -> None:
@@ -90,21 +125,73 @@ class Watch:
         hooks = (unet._forward_pre_hooks, unet._forward_hooks)
         return len(self.handles) == 2 and all(handle.id in there for handle, there in zip(self.handles, hooks, strict=True))
 
+    # Around a compiled UNet the hooks run outside its graph. Skipped, they are not compiled as graphs of their own.
+    @skip
     def before(self, unet: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """A step begins."""
-        if torch.compiler.is_compiling():
-            return
-        self.take_over_new(unet, [])
-        if self.session.cache:
-            named = dict(zip(_STEP, arguments, strict=False)) | options
-            images = (named.get("added_cond_kwargs") or {}).get("image_embeds")
-            tensors = [named.get("encoder_hidden_states"), *(images if isinstance(images, list) else [images])]
-            self.session.memory.enter(named.get("timestep"), tuple(map(id, tensors)))
+        if not torch.compiler.is_compiling():
+            self._begin(unet, arguments, options, get_eval_frame_callback() is None)
 
+    @skip
     def after(self, *arguments: Any) -> None:
         """A step has ended, whether it returned or raised."""
         if not torch.compiler.is_compiling():
-            self.session.memory.leave()
+            self._end()
+
+    @disable  # type: ignore[untyped-decorator]
+    def _begin(self, unet: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], is_eager: bool) -> None:
+        if getattr(_THREAD, "stops", False):
+            raise Stopped(arguments, options)
+        session = self.session
+        if is_eager:
+            self.take_over_new(unet, [])
+        step = named(arguments, options)
+        sample = step.get("sample")
+        if isinstance(sample, Tensor):
+            self.follow(sample.device)
+        follows = False
+        if session.cache:
+            images = (step.get("added_cond_kwargs") or {}).get("image_embeds")
+            tensors = [step.get("encoder_hidden_states"), *(images if isinstance(images, list) else [images])]
+            follows = session.memory.enter(step.get("timestep"), tuple(map(id, tensors)))
+        buffers = self.buffers
+        if buffers is not None:
+            session.is_prepared = buffers.begin(Inputs.of(step), anew=not follows)
+            # kept for `_end`: another thread may drop them in the middle of this step
+            _THREAD.steps = [*getattr(_THREAD, "steps", []), (self, buffers)]
+
+    @disable  # type: ignore[untyped-decorator]
+    def _end(self) -> None:
+        self.session.memory.leave()
+        steps = getattr(_THREAD, "steps", [])
+        if steps and steps[-1][0] is self:
+            self.session.is_prepared = False
+            steps.pop()[1].end()
+
+    def drop_buffers(self) -> None:
+        """Forget what was prepared."""
+        buffers, self.buffers = self.buffers, None
+        if buffers is not None:
+            buffers.drop()
+
+    @contextmanager
+    def captured(self) -> Iterator[None]:
+        """Steps in this block run as those that a graph is recorded from."""
+        self.session.is_captured = True
+        try:
+            yield
+        finally:
+            self.session.is_captured = False
+
+    def follow(self, device: torch.device) -> None:
+        """Let the tables of scales follow the UNet to another device."""
+        if device == self.session.device:
+            return
+        self.session.device = device
+        for module in list(self.session.taken):
+            layer = vars(module).get("_ipa_layer")
+            if layer is not None and layer.session is self.session:
+                layer.table.to(device)
 
     def take_over_new(self, unet: nn.Module, undo: list[Callable[[], None]]) -> None:
         """Take over every stock module of an IP-Adapter; `undo` collects, in the order of the changes, what reverts each."""

@@ -426,23 +426,6 @@ def test_an_attention_mask_goes_through_stock() -> None:
     ipa_kernels.disable(unet)
 
 
-def test_a_compiled_unet_runs_stock_inside_the_graph() -> None:
-    unet = build("sd", ("base",)).unet
-    with torch.no_grad():
-        expected = forward(unet)
-        ipa_kernels.enable(unet)
-        compiled = torch.compile(unet, backend="eager", fullgraph=True)
-        assert ipa_kernels.explain(compiled).enabled
-        torch.testing.assert_close(forward(compiled), expected, rtol=0, atol=0)
-        report = ipa_kernels.explain(unet)
-        assert report.stock == len(report.layers)
-        assert {(layer.reason, layer.calls) for layer in report.layers} == {("torch.compile: diffusers' own code is traced", 0)}
-        ipa_kernels.enable(unet, impl="triton")
-        torch._dynamo.reset()
-        with pytest.raises(Exception, match=r"torch\.compile: diffusers"):
-            forward(compiled)
-
-
 def test_an_adapter_of_scale_zero_is_not_even_projected() -> None:
     pipe = build("sd", ("base", "plus"))
     pipe.set_ip_adapter_scale([0.0, 0.5])

@@ -11,7 +11,7 @@ from diffusers.models.attention_processor import Attention, IPAdapterAttnProcess
 from torch import Tensor, nn
 
 from benchmarks import host
-from ipa_kernels.processors import unet
+from ipa_kernels.processors import branches, unet
 from ipa_kernels.session import Session
 
 GOAL = 0.4
@@ -65,8 +65,8 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
 
 
 def test_a_later_call_prepares_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_problem", "choose", "unusual"):
-        monkeypatch.setattr(unet, name, lambda *arguments, name=name: pytest.fail(f"{name} in a later call"))
+    for place, name in ((branches, "problem"), (unet, "choose"), (unet, "unusual")):
+        monkeypatch.setattr(place, name, lambda *arguments, name=name: pytest.fail(f"{name} in a later call"))
     before = bench.session.memory.misses
     bench.hidden = torch.randn_like(bench.hidden)
     assert torch.equal(bench(), bench.stock())

@@ -158,3 +158,8 @@ def take_over(module: nn.Module, session: Session, undo: list[Callable[[], None]
 def give_back(module: nn.Module) -> None:
     """Make a projection of ours the one that it was."""
     module.__class__ = STOCK[type(module)]
+
+
+def state_with_ours(modules: list[nn.Module]) -> State | None:
+    """`pure_state` of modules among which are projections that were taken over."""
+    return state_of(modules, lambda module: State() if type(module) in STOCK else known(module))

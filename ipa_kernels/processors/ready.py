@@ -34,13 +34,13 @@ class Photo:
         self._settings = _settings(attn)
         self._hidden = hidden_states.shape, hidden_states.dtype, hidden_states.device
         self._modes = _modes(hidden_states)
-        self._scales = [list(scale) if type(scale) is list else scale for scale in processor.scale]
-        if any(type(s) not in (int, float) for scale in self._scales for s in (scale if type(scale) is list else [scale])):
+        self._scales = [list(scale) if isinstance(scale, list) else scale for scale in processor.scale]
+        if any(type(s) not in (int, float) for scale in self._scales for s in (scale if isinstance(scale, list) else [scale])):
             raise Doubtful
         self._masked = None if masks is None else len(masks)
         inputs = [*images, *(masks or ())]
         # an adapter of scale 0 is not read: whose its inputs are is known, not what is in them
-        read = [any(scale) if type(scale) is list else scale != 0 for scale in self._scales]
+        read = [any(scale) if isinstance(scale, list) else scale != 0 for scale in self._scales]
         self._inputs = [_Input(tensor, reads) for tensor, reads in zip(inputs, read * 2, strict=False)]
         self._projections: list[_Projection | None] = [_Projection(attn.to_k), _Projection(attn.to_v)]
         for names in (processor.to_k_ip, processor.to_v_ip):
@@ -167,15 +167,13 @@ def _modes(tensor: Tensor) -> tuple[Any, ...]:
 
 def _are_same_scales(scales: Any, known: list[Any]) -> bool:
     """By type and value: comparing tensors, which a scale may become, would wait for a GPU."""
-    if type(scales) is not list or len(scales) != len(known):
+    if not isinstance(scales, list) or len(scales) != len(known):
         return False
     for scale, before in zip(scales, known, strict=True):
-        if type(scale) is not type(before):
-            return False
-        if type(scale) is list:
+        if isinstance(before, list):
             if not _are_same_scales(scale, before):
                 return False
-        elif scale != before:
+        elif type(scale) is not type(before) or scale != before:
             return False
     return True
 

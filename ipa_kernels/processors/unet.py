@@ -12,23 +12,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models import attention_processor as stock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.unets import unet_2d_condition, unet_motion_model
 from torch import Tensor, nn
 
-from ..conditioning import State, active, remember
+from ..conditioning import active
 from ..ops import UnsupportedError
-from ..ops.arguments import Problem, check_arguments
-from ..ops.decoupled_attention import choose, run
+from ..ops.decoupled_attention import choose, record, run
 from ..ops.support import automatic_reasons, layer_reasons
-from ..session import Layer, Session
-from .projections import pure_state
+from ..scales import tell, untold
+from ..session import Layer, Session, is_recorded
+from . import branches
 from .ready import find, keep, photograph
 from .unusual import unusual
-
-_COMPILED = "torch.compile: diffusers' own code is traced"
 
 
 class _Fused:
@@ -68,6 +65,9 @@ class _Fused:
 
         if layer is None or kind is None:
             return replaced()
+        if is_recorded(layer.session):
+            out = _record(kind, layer, self, attn, hidden_states, encoder_hidden_states, attention_mask, ip_adapter_masks)
+            return replaced() if out is None else out
         impl = layer.session.impl
         memory = active()
         query: Tensor | None = None
@@ -80,35 +80,32 @@ class _Fused:
                     layer.impl, layer.reason = ready.impl, ready.reason
                     layer.calls += 1
                     return _project_out(attn, ready.attend(query))
-        if torch.compiler.is_compiling():
-            if impl == "triton":
-                raise UnsupportedError(f'{layer.name}: impl="triton" cannot run this call: {_COMPILED}')
-            # not counted: this runs once, when the graph is traced
-            layer.impl, layer.reason = "stock", _COMPILED
-            return replaced()
         reasons = _class_reasons(kind, ip_adapter_masks)
-        reasons += unusual(self, attn, hidden_states, encoder_hidden_states, attention_mask, ip_adapter_masks)
+        reasons += unusual(self, attn, hidden_states, encoder_hidden_states, attention_mask, ip_adapter_masks, self.scale)
         if not reasons and not kind.eager_is_exact and impl != "triton":
             _, reasons = layer_plan(attn, self, impl, hidden_states.device, hidden_states.dtype)
         problem, photo = None, None
         if not reasons:
             text, images = encoder_hidden_states
+            inputs = text, images, ip_adapter_masks
             reads = self, attn, hidden_states, images, ip_adapter_masks, impl
             unkept = None if memory is None else memory.unkept
             if memory is not None:
                 # before anything is read: another thread may write while this one computes
                 photo = photograph(*reads)
+
+            def runs_kernel(states: Tensor) -> bool:
+                return layer_plan(attn, self, impl, states.device, states.dtype)[0] == "triton"
+
             try:
                 query = attn.to_q(hidden_states) if query is None else query
-                problem = _problem(kind, layer, self, attn, query, text, images, ip_adapter_masks)
+                problem = branches.problem(layer, self, attn, query, inputs, kind.softmax_scale(attn), runs_kernel)
             except (TypeError, ValueError) as error:
                 # for the replaced class to run or to refuse, in its own words
                 reasons = [f"unusual input: {error}"]
         if problem is None:
             if impl == "triton":
-                reasons += layer_reasons(hidden_states.device, hidden_states.dtype, attn.inner_dim // attn.heads)
-                saw = f"hidden_states {list(hidden_states.shape)}, {hidden_states.dtype}, {hidden_states.device}"
-                raise UnsupportedError(f'{layer.name}: impl="triton" cannot run {saw}: ' + "; ".join(reasons))
+                raise UnsupportedError(_cannot(layer, attn, hidden_states, reasons))
             layer.record("stock", reasons)
             return replaced()
         chosen, reasons = choose(problem, impl)
@@ -117,9 +114,14 @@ class _Fused:
             return replaced()
         layer.record(chosen, reasons)
         if memory is not None and photo is not None and memory.unkept == unkept and photo.is_still(*reads):
-            keep(memory, layer, attn, (text, images, ip_adapter_masks), photo, problem, chosen)
-        out = run(problem, chosen)
-        return _project_out(attn, out.transpose(1, 2).reshape(hidden_states.shape[0], hidden_states.shape[1], -1))
+            keep(memory, layer, attn, inputs, photo, problem, chosen)
+        return _project_out(attn, _merge(run(problem, chosen)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        layer: Layer | None = vars(self).get("_ipa_layer")
+        if name == "scale" and layer is not None:
+            tell(self, layer.table)
 
     @staticmethod
     def softmax_scale(attn: Attention) -> float | None:
@@ -137,6 +139,57 @@ def _ours(processor: object) -> Any:
     return next((kind for kind in type(processor).__mro__ if kind in STOCK), None)
 
 
+def _record(
+    kind: Any,
+    layer: Layer,
+    processor: Any,
+    attn: Attention,
+    hidden_states: Tensor,
+    states: Any,
+    attention_mask: Any,
+    masks: Any,
+) -> Tensor | None:
+    """A call in a graph, which runs later and with other data; None where that is for the replaced class.
+
+    No value of a scale is looked at: it would be compiled in. Nothing is counted: this runs once, when the graph is recorded.
+    """
+    impl = layer.session.impl
+    scales = [None] * layer.table.tensor.shape[0] if layer.table.is_data else processor.scale
+    reasons = _class_reasons(kind, masks)
+    reasons += unusual(processor, attn, hidden_states, states, attention_mask, masks, scales)
+    if not layer.table.is_data:
+        reasons.append("adapter scale: not a number or a list of numbers, which alone can be data of a graph")
+    chosen = "stock"
+    if not reasons:
+        query = attn.to_q(hidden_states)
+        try:
+            problem = branches.graph_problem(layer, processor, attn, query, (*states, masks), kind.softmax_scale(attn))
+            chosen, reasons = choose(problem, impl)
+        except UnsupportedError:
+            raise
+        except (TypeError, ValueError) as error:
+            reasons = [f"unusual input: {error}"]
+    if chosen == "eager" and not kind.eager_is_exact:
+        chosen = "stock"
+    if chosen == "stock" and impl == "triton":
+        raise UnsupportedError(_cannot(layer, attn, hidden_states, reasons))
+    layer.impl, layer.reason = chosen, "; ".join(reasons)
+    if chosen == "stock":
+        return None
+    return _project_out(attn, _merge(run(problem, chosen) if chosen == "eager" else record(problem, impl)))
+
+
+def _cannot(layer: Layer, attn: Attention, hidden_states: Tensor, reasons: list[str]) -> str:
+    reasons = reasons + layer_reasons(hidden_states.device, hidden_states.dtype, attn.inner_dim // attn.heads)
+    saw = f"hidden_states {list(hidden_states.shape)}, {hidden_states.dtype}, {hidden_states.device}"
+    return f'{layer.name}: impl="triton" cannot run {saw}: ' + "; ".join(reasons)
+
+
+def _merge(out: Tensor) -> Tensor:
+    """[B, H, M, D] to [B, M, H·D]."""
+    return out.transpose(1, 2).reshape(out.shape[0], out.shape[2], -1)
+
+
 def _project_out(attn: Any, out: Tensor) -> Tensor:
     return attn.to_out[1](attn.to_out[0](out))  # type: ignore[no-any-return]
 
@@ -151,72 +204,6 @@ def _class_reasons(kind: Any, masks: Any) -> list[str]:
     if masks is not None and refusal is not None:
         reasons.append(refusal)
     return reasons
-
-
-def _problem(
-    kind: Any,
-    layer: Layer,
-    processor: Any,
-    attn: Attention,
-    query: Tensor,
-    text: Tensor,
-    images: list[Tensor],
-    masks: Any,
-) -> Problem:
-    """Project, in stock's order and shapes; an adapter of scale 0 is left out, its projections are not run."""
-    key, value = _keys_and_values(layer, processor, attn, text, "text", attn.to_k, attn.to_v)
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
-    scales: list[float] = []
-    vectors: list[Tensor | None] = []
-    adapters = zip(images, processor.scale, masks or [None] * len(images), strict=True)
-    for adapter, (state, scale, mask) in enumerate(adapters):
-        if all(s == 0 for s in scale) if isinstance(scale, list) else scale == 0:
-            continue
-        projections = processor.to_k_ip[adapter], processor.to_v_ip[adapter]
-        # all images of an unmasked adapter share one softmax
-        for i in range(1 if mask is None else mask.shape[1]):
-            use = (adapter, None if mask is None else i)
-            image_key, image_value = _keys_and_values(layer, processor, attn, state, use, *projections)
-            keys.append(image_key)
-            values.append(image_value)
-            scales.append(scale[i] if isinstance(scale, list) else scale)
-            vectors.append(None if mask is None else _mask_vector(mask, i, query))
-    query = query.view(query.shape[0], -1, attn.heads, key.shape[-1]).transpose(1, 2)
-    return check_arguments(query, key, value, keys, values, scales, vectors, None, kind.softmax_scale(attn))
-
-
-def _keys_and_values(
-    layer: Layer, processor: object, attn: Attention, states: Tensor, use: Any, to_k: nn.Module, to_v: nn.Module
-) -> tuple[Tensor, Tensor]:
-    """[B, H, N, D] each, of the text (`use` "text") or of an adapter's images, one or all: (adapter, image or None)."""
-    heads = attn.heads
-
-    def project() -> tuple[Tensor, Tensor]:
-        rows = states
-        if states.shape[0] > 1 and states.stride(0) == 0:
-            planned, _ = layer_plan(attn, processor, layer.session.impl, states.device, states.dtype)
-            # the same row over and over; in eager attention a product of fewer rows may differ in its last bits
-            rows = states[:1] if planned == "triton" else states
-        tokens = rows if use == "text" or use[1] is None else rows[:, use[1]]
-
-        def split(projected: Tensor) -> Tensor:
-            return projected.view(rows.shape[0], -1, heads, projected.shape[-1] // heads).transpose(1, 2)
-
-        return split(to_k(tokens)), split(to_v(tokens))
-
-    return remember(states, (layer, use, heads), lambda: pure_state(to_k, to_v), project)
-
-
-def _mask_vector(mask: Tensor, i: int, query: Tensor) -> Tensor:
-    """[B or 1, M] for image i: one channel of the mask that stock multiplies with, in the dtype that it rounds to."""
-    queries, dtype, device = query.shape[1], query.dtype, query.device
-
-    def resize() -> Tensor:
-        vector: Tensor = IPAdapterMaskProcessor.downsample(mask[:, i], mask.shape[0], queries, 1)[..., 0]
-        return vector.to(dtype=dtype, device=device)
-
-    return remember(mask, ("mask", i, queries, dtype, device), State, resize)
 
 
 class IPAdapterAttnProcessor(_Fused, stock.IPAdapterAttnProcessor):  # type: ignore[misc]
@@ -253,7 +240,10 @@ STOCK: dict[type, Any] = {ours: theirs for theirs, ours in FUSED.items()}
 _CALLS = {ours: theirs.__call__ for theirs, ours in FUSED.items()}
 
 # `Attention.forward` asks for the signature in every call; a stored one is four times as fast to get
-_Fused.__call__.__signature__ = inspect.signature(_Fused.__call__)  # type: ignore[attr-defined]
+_signature: Any = inspect.signature(_Fused.__call__)
+# torch.compile cannot trace a mapping proxy once the UNet's keyword arguments were changed, as diffusers does for masks
+_signature._parameters = dict(_signature._parameters)
+_Fused.__call__.__signature__ = _signature  # type: ignore[attr-defined]
 
 # `set_default_attn_processor` compares exact classes with this registry, which is imported by name
 for _module in (stock, unet_2d_condition, unet_motion_model):
@@ -275,26 +265,32 @@ def session_of(processor: Any) -> Session | None:
 
 def take_over(processor: nn.Module, name: str, session: Session, undo: list[Callable[[], None]]) -> None:
     """Make a processor one of this session; `undo` gets what reverts that, before anything is changed."""
-    kind, layer = type(processor), vars(processor).get("_ipa_layer")
+    kind, layer, scale = type(processor), vars(processor).get("_ipa_layer"), vars(processor).get("scale")
 
     def revert() -> None:
         session.taken.discard(processor)
         processor.__class__ = kind
         vars(processor).pop("_ipa_layer", None)
+        vars(processor)["scale"] = scale
         if layer is not None:
             vars(processor)["_ipa_layer"] = layer
 
     undo.append(revert)
     session.taken.add(processor)
-    vars(processor)["_ipa_layer"] = Layer(name, session)
+    ours = Layer(name, session)
+    ours.found = scale if layer is None else layer.found
+    vars(processor)["_ipa_layer"] = ours
     processor.__class__ = FUSED.get(kind, kind)
+    tell(processor, ours.table)
 
 
 def give_back(processor: nn.Module) -> None:
-    """Make a processor of ours a stock one again."""
+    """Make a processor of ours a stock one again, with its own list of scales."""
     if type(processor) in STOCK:
         processor.__class__ = STOCK[type(processor)]
-    vars(processor).pop("_ipa_layer", None)
+    layer = vars(processor).pop("_ipa_layer", None)
+    if layer is not None:
+        vars(processor)["scale"] = untold(processor, layer.found)
 
 
 def is_adapter(processor: object) -> bool:

@@ -9,9 +9,12 @@ from torch import Tensor
 
 
 def unusual(
-    processor: Any, attn: Attention, hidden_states: Tensor, states: Any, attention_mask: Tensor | None, masks: Any
+    processor: Any, attn: Attention, hidden_states: Tensor, states: Any, attention_mask: Tensor | None, masks: Any, scales: Any
 ) -> list[str]:
-    """Why only the replaced class may run a call; every check is one that costs nothing."""
+    """Why only the replaced class may run a call; every check is one that costs nothing.
+
+    scales: of the processor; for a graph one None for each adapter, since a value that is looked at is compiled in.
+    """
     reasons = _unusual_attention(attn)
     if attention_mask is not None:
         reasons.append("attention_mask: only diffusers' own code takes one; leaving encoder_attention_mask out lifts this")
@@ -21,8 +24,8 @@ def unusual(
         pair = "added_cond_kwargs={'image_embeds': [...]} of the UNet lifts this"
         return [*reasons, f"encoder_hidden_states: not a pair of text and a list of image tokens; {pair}"]
     text, images = states
-    if len(images) != len(processor.to_k_ip) or not isinstance(processor.scale, list) or len(processor.scale) != len(images):
-        count = f"got {len(images)} for {len(processor.to_k_ip)} adapters with scales {processor.scale}"
+    if len(images) != len(processor.to_k_ip) or not isinstance(scales, list) or len(scales) != len(images):
+        count = f"got {len(images)} for {len(processor.to_k_ip)} adapters with scales {scales}"
         return [*reasons, f"image inputs: {count}; one entry for each adapter lifts this"]
     if any(state.ndim not in (3, 4) for state in images):
         reasons.append("image tokens: not three or four dimensions; [batch, images, tokens, channels] lifts this")
@@ -30,7 +33,7 @@ def unusual(
     if len(batches) > 1:
         got = f"diffusers folds different ones, got {sorted(batches)}"
         reasons.append(f"batch sizes of queries, text and images: {got}; equal ones lift this")
-    reasons += _unusual_masks(processor.scale, masks, images, hidden_states.shape[0])
+    reasons += _unusual_masks(scales, masks, images, hidden_states.shape[0])
     if torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in chain((hidden_states, text, *images), attn.parameters())
     ):
@@ -46,7 +49,7 @@ def _unusual_masks(scales: list[Any], masks: Any, images: list[Tensor], batch: i
         return ["ip_adapter_masks: diffusers reads it in its own way; a list with one entry for each adapter lifts this"]
     for scale, mask, state in zip(scales, masks, images, strict=True):
         numbers = scale if isinstance(scale, list) else [scale]
-        if any(type(s) not in (int, float) for s in numbers):
+        if scale is not None and any(type(s) not in (int, float) for s in numbers):
             return [f"adapter scale: got {scale!r}; a number, or a list of numbers, lifts this"]
         if mask is None:
             if isinstance(scale, list) and any(s != 0 for s in scale):

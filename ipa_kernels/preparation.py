@@ -1,0 +1,102 @@
+"""`prepare`: what a pipeline needs before its first compiled or captured step, found by running it up to that step."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .integration import OFF, enable, explain, unet_of, watch_module
+from .report import Report
+
+
+def prepare(pipe: Any, **arguments: Any) -> Report:
+    """Compile what `pipe(**arguments)` will launch, and keep its keys, values and mask vectors where graphs can read them.
+
+    Graphs that are compiled or captured afterwards read buffers that never move, in place of projecting the prompt and the
+    images in every step. Before each step the buffers are compared with what the step was given, and filled anew where that
+    has changed: a pipeline may go on to any prompt, image, mask or scale without being prepared again. What does not fit runs
+    without them.
+
+    Args:
+        pipe: a diffusers pipeline with a UNet and an IP-Adapter; it is enabled where it is not yet.
+        arguments: those of `pipe(...)`. The pipeline runs with them up to its first step: text and images are encoded, nothing
+            is drawn. The states of `generator` and of torch's own generators are put back.
+
+    Returns:
+        A `Report`; `prepared` is the size of the buffers in bytes.
+
+    Raises:
+        TypeError: `pipe` is not a pipeline, or an argument is none of the pipeline's.
+        ValueError: no IP-Adapter is loaded; an argument does not fit the buffers of an earlier call (`clear_cache` drops those,
+            graphs are then compiled anew); or what the pipeline itself raises.
+
+    Whatever is raised, buffers that were there before are as they were.
+    """
+    if isinstance(pipe, nn.Module) or not callable(pipe):
+        raise TypeError(f"pipe: expected a diffusers pipeline, whose arguments these are, got {type(pipe).__name__}")
+    unet = unet_of(pipe)
+    if os.environ.get(OFF) == "1":
+        return enable(pipe)
+    watch = watch_module()
+    if not watch.is_loaded(unet):
+        raise ValueError("pipe: expected a pipeline with an IP-Adapter, got one without; load_ip_adapter comes first")
+    if watch.of(unet) is None:
+        enable(pipe)
+    state = watch.of(unet)
+    with watch.SWITCH:
+        state.take_over_new(unet, [])
+    with torch.no_grad(), _left_alone(pipe, arguments.get("generator")):
+        given, options = watch.first_step(lambda: pipe(**arguments))
+        _fill(state, unet, given, options)
+    return explain(pipe)
+
+
+def _fill(state: Any, unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """New buffers, or those that are there with new contents; then the kernels."""
+    watch = watch_module()
+    inputs = watch.Inputs.of(watch.named(given, options))
+    if inputs is None:
+        raise ValueError("ip_adapter_image: expected one entry for each adapter; the UNet was given none, or not as a list")
+    state.follow(inputs.sample.device)
+    buffers = state.buffers
+    if buffers is not None and buffers.are_current():
+        misfit = buffers.misfit(inputs)
+        if misfit is not None:
+            raise ValueError(f"{misfit}; clear_cache(pipe) drops the buffers, graphs are then compiled anew")
+        buffers.begin(inputs, anew=True)
+        buffers.end()
+    else:
+        buffers = watch.Buffers(unet, inputs)
+        state.drop_buffers()
+        state.buffers = buffers
+        buffers.hand_out()
+    if inputs.sample.device.type == "cuda":
+        _warm_up(state, unet, given, options)
+
+
+def _warm_up(state: Any, unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """One step as eager calls run it, and one as graphs do: they differ where a scale is 0. Kernels are compiled on the way."""
+    unet.forward(*given, **options)
+    with state.captured():
+        unet.forward(*given, **options)
+
+
+@contextmanager
+def _left_alone(pipe: Any, generators: Any) -> Iterator[None]:
+    """Random numbers, progress bar and offloading are afterwards as before."""
+    generators = generators if isinstance(generators, list) else [] if generators is None else [generators]
+    states = [generator.get_state() for generator in generators]
+    bar = dict(getattr(pipe, "_progress_bar_config", {}))
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    pipe.set_progress_bar_config(**(bar | {"disable": True}))
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        pipe._progress_bar_config = bar
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        pipe.maybe_free_model_hooks()

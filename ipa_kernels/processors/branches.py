@@ -1,0 +1,171 @@
+"""From what a processor is called with to the branches of its attention: projected, in stock's order and shapes."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers.image_processor import IPAdapterMaskProcessor
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from ..conditioning import State, remember
+from ..ops.arguments import Problem, check_arguments
+from ..session import Layer
+from .projections import pure_state
+
+
+def problem(
+    layer: Layer,
+    processor: Any,
+    attn: Attention,
+    query: Tensor,
+    inputs: tuple[Tensor, list[Tensor], Any],
+    softmax_scale: float | None,
+    runs_kernel: Callable[[Tensor], bool],
+) -> Problem:
+    """For eager calls: an adapter of scale 0 is left out, its projections are not run.
+
+    query: [B, M, H·D]; inputs: text, image tokens and masks; runs_kernel: whether the kernel is what runs such states.
+    """
+    text, images, masks = inputs
+    key, value = _keys_and_values(layer, attn, text, "text", attn.to_k, attn.to_v, runs_kernel)
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    scales: list[float] = []
+    vectors: list[Tensor | None] = []
+    adapters = zip(images, processor.scale, masks or [None] * len(images), strict=True)
+    for adapter, (state, scale, mask) in enumerate(adapters):
+        if all(s == 0 for s in scale) if isinstance(scale, list) else scale == 0:
+            continue
+        projections = processor.to_k_ip[adapter], processor.to_v_ip[adapter]
+        # all images of an unmasked adapter share one softmax
+        for i in range(1 if mask is None else mask.shape[1]):
+            use = (adapter, None if mask is None else i)
+            image_key, image_value = _keys_and_values(layer, attn, state, use, *projections, runs_kernel)
+            keys.append(image_key)
+            values.append(image_value)
+            scales.append(scale[i] if isinstance(scale, list) else scale)
+            vectors.append(None if mask is None else _mask_vector(mask, i, query))
+    return check_arguments(_split(query, attn.heads), key, value, keys, values, scales, vectors, None, softmax_scale)
+
+
+def graph_problem(
+    layer: Layer,
+    processor: Any,
+    attn: Attention,
+    query: Tensor,
+    inputs: tuple[Tensor, list[Tensor], Any],
+    softmax_scale: float | None,
+) -> Problem:
+    """For a call that a compiler or a CUDA graph records, to be run with other data: scales are a tensor, none is left out.
+
+    What was prepared for the step is read from where it is refilled (`buffers`); else it is projected in the graph.
+    """
+    text, images, masks = inputs
+    masks = masks or [None] * len(images)
+    counts = [None if mask is None else mask.shape[1] for mask in masks]
+    scales = layer.table.branches(counts)
+    held = layer.held if layer.session.is_prepared else None
+    if held is not None:
+        vectors = held.vectors.get(query.shape[1])
+        if vectors is not None:
+            keys = [_split(key, attn.heads) for key in held.keys]
+            values = [_split(value, attn.heads) for value in held.values]
+            return _checked(query, attn, keys, values, scales, vectors, softmax_scale)
+    branches = list(projections(processor, attn, text, images, counts))
+    keys = [_split(to_k(tokens), attn.heads) for tokens, to_k, _ in branches]
+    values = [_split(to_v(tokens), attn.heads) for tokens, _, to_v in branches]
+    return _checked(
+        query, attn, keys, values, scales, mask_vectors(masks, query.shape[1], query.dtype, query.device), softmax_scale
+    )
+
+
+def projections(
+    processor: Any, attn: Attention, text: Tensor, images: list[Tensor], counts: list[int | None]
+) -> Iterator[tuple[Tensor, nn.Module, nn.Module]]:
+    """(tokens, to_k, to_v) of each branch: the text, then of each adapter all images at once, or one by one where counted."""
+    yield text, attn.to_k, attn.to_v
+    for state, to_k, to_v, count in zip(images, processor.to_k_ip, processor.to_v_ip, counts, strict=True):
+        if count is None:
+            yield state, to_k, to_v
+        else:
+            for i in range(count):
+                yield state[:, i], to_k, to_v
+
+
+def mask_vectors(masks: list[Any], queries: int, dtype: torch.dtype, device: torch.device) -> list[Tensor | None]:
+    """[B or 1, M] or None for each image branch of `projections`."""
+    vectors: list[Tensor | None] = []
+    for mask in masks:
+        for i in range(1 if mask is None else mask.shape[1]):
+            vectors.append(None if mask is None else torch.ops.ipa_kernels.mask_vector(mask, i, queries).to(device, dtype))
+    return vectors
+
+
+def _checked(
+    query: Tensor,
+    attn: Attention,
+    keys: list[Tensor],
+    values: list[Tensor],
+    scales: Tensor,
+    vectors: list[Tensor | None],
+    softmax_scale: float | None,
+) -> Problem:
+    (key, *image_keys), (value, *image_values) = keys, values
+    if scales.device != query.device:
+        scales = scales.to(query.device)
+    heads = _split(query, attn.heads)
+    checked = check_arguments(heads, key, value, image_keys, image_values, scales, vectors, None, softmax_scale)
+    return replace(checked, rounds_scales=False)
+
+
+def _split(projected: Tensor, heads: int) -> Tensor:
+    """[B, N, H·D] to [B, H, N, D]."""
+    return projected.view(projected.shape[0], -1, heads, projected.shape[-1] // heads).transpose(1, 2)
+
+
+def _keys_and_values(
+    layer: Layer,
+    attn: Attention,
+    states: Tensor,
+    use: Any,
+    to_k: nn.Module,
+    to_v: nn.Module,
+    runs_kernel: Callable[[Tensor], bool],
+) -> tuple[Tensor, Tensor]:
+    """[B, H, N, D] each, of the text (`use` "text") or of an adapter's images, one or all: (adapter, image or None)."""
+
+    def project() -> tuple[Tensor, Tensor]:
+        rows = states
+        if states.shape[0] > 1 and states.stride(0) == 0:
+            # the same row over and over; in eager attention a product of fewer rows may differ in its last bits
+            rows = states[:1] if runs_kernel(states) else states
+        tokens = rows if use == "text" or use[1] is None else rows[:, use[1]]
+        return _split(to_k(tokens), attn.heads), _split(to_v(tokens), attn.heads)
+
+    return remember(states, (layer, use, attn.heads), lambda: pure_state(to_k, to_v), project)
+
+
+def _mask_vector(mask: Tensor, i: int, query: Tensor) -> Tensor:
+    """[B or 1, M] for image i, in the dtype that stock rounds it to."""
+    queries, dtype, device = query.shape[1], query.dtype, query.device
+    return remember(
+        mask, ("mask", i, queries, dtype, device), State, lambda: _resized(mask, i, queries).to(dtype=dtype, device=device)
+    )
+
+
+def _resized(mask: Tensor, image: int, queries: int) -> Tensor:
+    """[B or 1, M]: one channel of the mask that stock multiplies with."""
+    return IPAdapterMaskProcessor.downsample(mask[:, image], mask.shape[0], queries, 1)[..., 0].contiguous()  # type: ignore[no-any-return]
+
+
+def _blank_vector(mask: Tensor, image: int, queries: int) -> Tensor:
+    return mask.new_empty((mask.shape[0], queries))
+
+
+# An op, since a mask of another aspect ratio than the picture makes diffusers warn, which no compiler traces.
+_LIBRARY = torch.library.Library("ipa_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("mask_vector(Tensor mask, int image, int queries) -> Tensor")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("mask_vector", _resized, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+torch.library.register_fake("ipa_kernels::mask_vector", _blank_vector, lib=_LIBRARY)

@@ -1,0 +1,238 @@
+"""Keys, values and mask vectors of a whole UNet in memory that never moves: what compiled and captured steps read.
+
+A graph cannot ask whether the prompt that it was given is the one that it knows. The hook that runs before each step does
+(`watch`): the buffers are filled anew when something that they were computed from has changed, and are not used where it no
+longer fits.
+"""
+
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import UNetMotionModel
+from torch import Tensor, nn
+from torch._dynamo import mark_static_address
+
+from ..conditioning import Snapshot, State, is_plain
+from ..session import Held, Layer
+from . import branches, projections
+
+
+class Inputs(NamedTuple):
+    """What a step of a UNet was given that stays the same during a generation.
+
+    text [B, N, C]; images: embeddings of each adapter, as `added_cond_kwargs["image_embeds"]`; masks: None or an entry for each
+    adapter, as `cross_attention_kwargs["ip_adapter_masks"]`; sample: the latents, for their size, dtype and device.
+    """
+
+    text: Tensor
+    images: list[Tensor]
+    masks: list[Any] | None
+    sample: Tensor
+
+    @classmethod
+    def of(cls, named: dict[str, Any]) -> "Inputs | None":
+        """From the arguments of a UNet's forward by name; None where they are not of the usual kind."""
+        text, sample = named.get("encoder_hidden_states"), named.get("sample")
+        images = (named.get("added_cond_kwargs") or {}).get("image_embeds")
+        masks = (named.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
+        if not isinstance(text, Tensor) or not isinstance(sample, Tensor) or not isinstance(images, list):
+            return None
+        if not all(isinstance(image, Tensor) for image in images):
+            return None
+        if masks is not None and not (isinstance(masks, list) and len(masks) == len(images)):
+            return None
+        if not all(mask is None or (isinstance(mask, Tensor) and mask.ndim == 4) for mask in masks or ()):
+            return None
+        return cls(text, images, masks, sample)
+
+    def tensors(self) -> list[Tensor]:
+        """Those whose contents matter."""
+        return [self.text, *self.images, *(mask for mask in self.masks or () if mask is not None)]
+
+
+class Buffers:
+    """The buffers of one UNet; a step has them to itself from `begin` to `end`, another thread's step waits."""
+
+    def __init__(self, unet: Any, inputs: Inputs) -> None:
+        self._unet = unet
+        self._turn = threading.RLock()
+        self._layers = list(_layers(unet))
+        self._signature = _signature(inputs)
+        self._known: list[Snapshot] = []
+        self._state: State | None = None
+        self._used: Any = None
+        self._sizes: dict[int, list[Tensor | None]] = {}
+        computed = list(self._compute(inputs))
+        self._held = [Held([_fixed(key) for key, _ in pairs], [_fixed(value) for _, value in pairs], {}) for pairs in computed]
+        self._fill(inputs)
+
+    def hand_out(self) -> None:
+        """Let the layers have them."""
+        for (_, _, layer), held in zip(self._layers, self._held, strict=True):
+            layer.held = held
+
+    @property
+    def bytes(self) -> int:
+        """The size of all buffers."""
+        tensors = [tensor for held in self._held for tensor in (*held.keys, *held.values)]
+        tensors += [vector for vectors in self._sizes.values() for vector in vectors if vector is not None]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def misfit(self, inputs: Inputs) -> str | None:
+        """What does not fit, in words; None where all does."""
+        for name, value in _signature(inputs).items():
+            if value != self._signature[name]:
+                return f"{name}: expected {self._signature[name]}, for which the buffers were made, got {value}"
+        return None
+
+    def are_current(self) -> bool:
+        """Whether the layers are still those that the buffers were made for."""
+        return all(
+            attention.processor is processor and vars(processor).get("_ipa_layer") is layer
+            for attention, processor, layer in self._layers
+        )
+
+    def begin(self, inputs: Inputs | None, anew: bool) -> bool:
+        """Whether the step that begins may read the buffers: they hold what it was given. `end` must follow.
+
+        anew: compute everything again, whatever is known.
+        """
+        self._turn.acquire()
+        try:
+            if inputs is None or torch.is_grad_enabled() or self.misfit(inputs) is not None or not self.are_current():
+                return False
+            if anew or not self._is_known(inputs):
+                if self._used is not None:
+                    # the step before may still read them, perhaps on another stream
+                    torch.cuda.current_stream(inputs.sample.device).wait_event(self._used)
+                self._fill(inputs)
+            elif _queries(self._unet, inputs) - self._sizes.keys():
+                self._fill_masks(inputs)
+            return True
+        except BaseException:
+            self._turn.release()
+            raise
+
+    def end(self) -> None:
+        """The step has ended."""
+        device = self._held[0].keys[0].device
+        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            self._used = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._used.record(torch.cuda.current_stream(device))
+        self._turn.release()
+
+    def drop(self) -> None:
+        """Take the buffers away from the layers."""
+        for _, _, layer in self._layers:
+            layer.held = None
+
+    def _compute(self, inputs: Inputs) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """For each layer the projected (key, value) of each branch."""
+        with torch.no_grad():
+            text, images = _layer_inputs(self._unet, inputs)
+            for attention, processor, _ in self._layers:
+                found = branches.projections(processor, attention, text, images, _counts(inputs))
+                yield [(_rows(to_k(tokens)), _rows(to_v(tokens))) for tokens, to_k, to_v in found]
+
+    def _fill(self, inputs: Inputs) -> None:
+        # forgotten first: what raises in the middle leaves buffers that nobody takes for filled
+        self._known, self._state = [], None
+        state = self._state_of_all()
+        snapshots = [Snapshot(tensor) for tensor in inputs.tensors()] if all(map(is_plain, inputs.tensors())) else []
+        with torch.no_grad():
+            for held, pairs in zip(self._held, self._compute(inputs), strict=True):
+                for key, value, (new_key, new_value) in zip(held.keys, held.values, pairs, strict=True):
+                    key.copy_(new_key)
+                    value.copy_(new_value)
+            self._fill_masks(inputs)
+        self._known, self._state = snapshots, state
+
+    def _fill_masks(self, inputs: Inputs) -> None:
+        """For every number of queries that a level of the UNet has, now or before; others are computed in the graph."""
+        dtype, device = self._held[0].keys[0].dtype, inputs.sample.device
+        for queries in sorted(_queries(self._unet, inputs) | self._sizes.keys()):
+            vectors = branches.mask_vectors(_masks(inputs), queries, dtype, device)
+            if queries not in self._sizes:
+                self._sizes[queries] = [None if vector is None else _fixed(vector) for vector in vectors]
+                for held in self._held:
+                    held.vectors[queries] = self._sizes[queries]
+            for vector, new in zip(self._sizes[queries], vectors, strict=True):
+                if vector is not None and new is not None:
+                    vector.copy_(new)
+
+    def _is_known(self, inputs: Inputs) -> bool:
+        tensors = inputs.tensors()
+        if self._state is None or len(tensors) != len(self._known):
+            return False
+        if not all(is_plain(tensor) and known.is_still(tensor) for known, tensor in zip(self._known, tensors, strict=True)):
+            return False
+        state = self._state_of_all()
+        return state is not None and state.marks == self._state.marks
+
+    def _state_of_all(self) -> State | None:
+        """Of everything that the values are computed with."""
+        modules: list[nn.Module] = list(projections.of(self._unet))
+        for attention, processor, _ in self._layers:
+            modules += (attention.to_k, attention.to_v, *processor.to_k_ip, *processor.to_v_ip)
+        return projections.state_with_ours(modules)
+
+
+def _layers(unet: Any) -> Iterator[tuple[Any, Any, Layer]]:
+    """(attention, processor, layer) of everything that was taken over."""
+    for attention in unet.modules():
+        processor = getattr(attention, "processor", None) if hasattr(attention, "set_processor") else None
+        layer = None if processor is None else vars(processor).get("_ipa_layer")
+        if layer is not None:
+            yield attention, processor, layer
+
+
+def _layer_inputs(unet: Any, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
+    """(text, image tokens of each adapter) as a UNet passes them to its layers: what its forward does before them."""
+    if not isinstance(unet, UNetMotionModel):
+        given = {"image_embeds": inputs.images}
+        return unet.process_encoder_hidden_states(encoder_hidden_states=inputs.text, added_cond_kwargs=given)  # type: ignore[no-any-return]
+    frames = inputs.sample.shape[2]
+    return inputs.text, [tokens.repeat_interleave(frames, dim=0) for tokens in unet.encoder_hid_proj(inputs.images)]
+
+
+def _masks(inputs: Inputs) -> list[Any]:
+    return inputs.masks or [None] * len(inputs.images)
+
+
+def _counts(inputs: Inputs) -> list[int | None]:
+    return [None if mask is None else mask.shape[1] for mask in _masks(inputs)]
+
+
+def _queries(unet: Any, inputs: Inputs) -> set[int]:
+    """The queries of each level: a level has half the rows and columns of the one above, rounded up."""
+    height, width = inputs.sample.shape[-2:]
+    return {-(-height // 2**level) * -(-width // 2**level) for level in range(len(unet.config.block_out_channels))}
+
+
+def _signature(inputs: Inputs) -> dict[str, Any]:
+    """What the sizes and dtypes of all buffers follow from, by the names of what a user passes to a pipeline."""
+    device = inputs.sample.device.type
+    return {
+        "prompt (embeddings)": list(inputs.text.shape),
+        "ip_adapter_image (embeddings of each adapter)": [list(image.shape) for image in inputs.images],
+        "ip_adapter_masks (batch and images of each adapter)": [m if m is None else list(m.shape[:2]) for m in _masks(inputs)],
+        "batch and frames": [inputs.sample.shape[0], *inputs.sample.shape[2:-2]],
+        "dtype": inputs.sample.dtype,
+        "device": inputs.sample.device,
+        "autocast": torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+    }
+
+
+def _rows(projected: Tensor) -> Tensor:
+    """[B, N, H·D] of [B, images, N, H·D] too."""
+    return projected.reshape(projected.shape[0], -1, projected.shape[-1])
+
+
+def _fixed(tensor: Tensor) -> Tensor:
+    """A copy that graphs may know by its address; one made in inference mode could not be written to outside."""
+    with torch.inference_mode(False), torch.no_grad():
+        copy = torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    mark_static_address(copy, guard=False)
+    return copy
