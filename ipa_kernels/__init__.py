@@ -7,10 +7,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .graphs import graphed
     from .integration import accelerated, clear_cache, disable, enable, explain
     from .ops import UnsupportedError, decoupled_attention
     from .preparation import prepare
-    from .report import FallbackWarning, LayerReport, Report
+    from .report import FallbackWarning, GraphReport, LayerReport, Report
 
 _HOMES = {
     "accelerated": "integration",
@@ -18,16 +19,19 @@ _HOMES = {
     "disable": "integration",
     "enable": "integration",
     "explain": "integration",
+    "graphed": "graphs",
     "prepare": "preparation",
     "decoupled_attention": "ops",
     "UnsupportedError": "ops",
     "LayerReport": "report",
     "Report": "report",
     "FallbackWarning": "report",
+    "GraphReport": "report",
 }
 
 __all__ = [
     "FallbackWarning",
+    "GraphReport",
     "LayerReport",
     "Report",
     "UnsupportedError",
@@ -37,6 +41,7 @@ __all__ = [
     "disable",
     "enable",
     "explain",
+    "graphed",
     "prepare",
 ]
 

@@ -6,7 +6,8 @@ modules that computed it. It keeps no source alive: when a pipeline drops its pr
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -118,6 +119,16 @@ class Memory:
     def leave() -> None:
         """The step has ended, whether it returned or raised."""
         _ACTIVE.memory = None
+
+    @staticmethod
+    @contextmanager
+    def suspended() -> Iterator[None]:
+        """Nothing is remembered in this thread, and nothing found: what is computed may be recorded, to be run again."""
+        before, _ACTIVE.memory = _ACTIVE.memory, None
+        try:
+            yield
+        finally:
+            _ACTIVE.memory = before
 
     def forget(self) -> None:
         """Drop every value."""

@@ -185,6 +185,7 @@ def _report(unet: Any, target: str) -> Report:
         note=waits if state is not None and not layers else "",
         layers=layers,
         cache=CacheReport() if memory is None else CacheReport(memory.hits, memory.misses, memory.bytes),
+        graphs=None if state is None or state.graphs is None else state.graphs.report(),
         prepared=0 if state is None or state.buffers is None else state.buffers.bytes,
     )
 

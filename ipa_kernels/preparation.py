@@ -1,5 +1,6 @@
 """`prepare`: what a pipeline needs before its first compiled or captured step, found by running it up to that step."""
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from torch import nn
 
 from .integration import OFF, enable, explain, unet_of, watch_module
 from .report import Report
+
+_ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def prepare(pipe: Any, **arguments: Any) -> Report:
@@ -38,6 +41,7 @@ def prepare(pipe: Any, **arguments: Any) -> Report:
     if isinstance(pipe, nn.Module) or not callable(pipe):
         raise TypeError(f"pipe: expected a diffusers pipeline, whose arguments these are, got {type(pipe).__name__}")
     unet = unet_of(pipe)
+    _check_names(pipe, arguments)
     if os.environ.get(OFF) == "1":
         return enable(pipe)
     watch = watch_module()
@@ -52,6 +56,15 @@ def prepare(pipe: Any, **arguments: Any) -> Report:
         given, options = watch.first_step(lambda: pipe(**arguments))
         _fill(state, unet, given, options)
     return explain(pipe)
+
+
+def _check_names(pipe: Any, arguments: dict[str, Any]) -> None:
+    """Some pipelines take any name, for the sake of old ones, and do nothing with it."""
+    kind = type(pipe)
+    known = [name for name, parameter in inspect.signature(kind.__call__).parameters.items() if parameter.kind not in _ANY]
+    for name in arguments:
+        if name not in known[1:]:
+            raise TypeError(f"{name}: expected an argument of {kind.__name__}.__call__, got a name that it does not have")
 
 
 def _fill(state: Any, unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -74,14 +87,15 @@ def _fill(state: Any, unet: Any, given: tuple[Any, ...], options: dict[str, Any]
         state.buffers = buffers
         buffers.hand_out()
     if inputs.sample.device.type == "cuda":
-        _warm_up(state, unet, given, options)
-
-
-def _warm_up(state: Any, unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """One step as eager calls run it, and one as graphs do: they differ where a scale is 0. Kernels are compiled on the way."""
-    unet.forward(*given, **options)
-    with state.captured():
+        # one step as eager calls run it, and one as graphs do: they differ where a scale is 0; kernels are compiled on the way
         unet.forward(*given, **options)
+        state.session.is_prepared = buffers.begin(inputs, anew=False)
+        try:
+            with state.captured():
+                unet.forward(*given, **options)
+        finally:
+            state.session.is_prepared = False
+            buffers.end()
 
 
 @contextmanager

@@ -17,6 +17,14 @@ class CacheReport(NamedTuple):
     bytes: int = 0
 
 
+class GraphReport(NamedTuple):
+    """Of `graphed`: shapes of steps that were captured, steps that were replayed, and why the last one was not, if so."""
+
+    captured: int = 0
+    replays: int = 0
+    reason: str = ""
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """One attention layer that has an IP-Adapter.
@@ -36,7 +44,7 @@ class LayerReport:
 class Report:
     """A snapshot of what runs where. The counts take what a layer ran last, before its first call what is planned.
 
-    prepared: bytes of what `prepare` keeps in place for compiled and captured steps.
+    prepared: bytes of what `prepare` keeps in place for compiled and captured steps. graphs: None where `graphed` is off.
     """
 
     target: str
@@ -46,6 +54,7 @@ class Report:
     layers: list[LayerReport] = field(default_factory=list)
     cache: CacheReport = field(default_factory=CacheReport)
     prepared: int = 0
+    graphs: GraphReport | None = None
 
     @property
     def triton(self) -> int:
@@ -65,7 +74,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
         counts = {"triton": self.triton, "eager": self.eager, "stock": self.stock}
-        return {**asdict(self), "cache": self.cache._asdict(), **counts}
+        graphs = None if self.graphs is None else self.graphs._asdict()
+        return {**asdict(self), "cache": self.cache._asdict(), "graphs": graphs, **counts}
 
     def __str__(self) -> str:
         state = f"enabled, impl={self.impl!r}" if self.enabled else "not enabled"
@@ -81,6 +91,9 @@ class Report:
             lines.append(f"  cache: {self.cache.hits} hits, {self.cache.misses} misses, {self.cache.bytes} bytes")
         if self.prepared:
             lines.append(f"  prepared: {self.prepared} bytes")
+        if self.graphs is not None:
+            why = f"; last step not replayed: {self.graphs.reason}" if self.graphs.reason else ""
+            lines.append(f"  graphs: {self.graphs.captured} captured, {self.graphs.replays} replays{why}")
         return "\n".join(lines)
 
     def _count(self, impl: str) -> int:

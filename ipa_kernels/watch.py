@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -88,8 +89,8 @@ class Watch:
     """The state of an enabled UNet.
 
     base: the options of `enable`, None where only `accelerated` blocks are open; blocks: the options of those, oldest first;
-    buffers: what was prepared, if anything; is_closed: disabled, perhaps by another thread in the middle of a step, which then
-    takes over nothing more.
+    buffers: what was prepared, if anything; graphs: of `graphed`, None where it is off; is_closed: disabled, perhaps by another
+    thread in the middle of a step, which then takes over nothing more.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -99,6 +100,7 @@ class Watch:
         self.blocks: list[list[Options]] = []
         self.handles: list[Any] = []
         self.buffers: Buffers | None = None
+        self.graphs: Any = None
         self.is_closed = False
 
     def attach(self, unet: nn.Module) -> None:
@@ -119,6 +121,9 @@ class Watch:
             handle.remove()
         self.handles = []
         self.is_closed = True
+        self.graphs = None
+        if getattr(vars(unet).get("forward"), "__func__", None) is forward:
+            del vars(unet)["forward"]
         vars(unet).pop(_STATE, None)
 
     def _is_attached(self, unet: nn.Module) -> bool:
@@ -154,9 +159,12 @@ class Watch:
             images = (step.get("added_cond_kwargs") or {}).get("image_embeds")
             tensors = [step.get("encoder_hidden_states"), *(images if isinstance(images, list) else [images])]
             follows = session.memory.enter(step.get("timestep"), tuple(map(id, tensors)))
+        inputs = Inputs.of(step)
+        if self.graphs is not None and inputs is not None and not follows and self.graphs.takes(inputs.sample.device):
+            self._renew(unet, inputs)
         buffers = self.buffers
         if buffers is not None:
-            session.is_prepared = buffers.begin(Inputs.of(step), anew=not follows)
+            session.is_prepared = buffers.begin(inputs, anew=not follows)
             # kept for `_end`: another thread may drop them in the middle of this step
             _THREAD.steps = [*getattr(_THREAD, "steps", []), (self, buffers)]
 
@@ -168,18 +176,35 @@ class Watch:
             self.session.is_prepared = False
             steps.pop()[1].end()
 
+    def _renew(self, unet: nn.Module, inputs: Inputs) -> None:
+        """A generation begins, to be captured: buffers of its sizes, where those that are there do not fit."""
+        buffers = self.buffers
+        if torch.is_grad_enabled() or (buffers is not None and buffers.are_current() and buffers.misfit(inputs) is None):
+            return
+        try:
+            new = Buffers(unet, inputs)
+        except (TypeError, ValueError, RuntimeError):
+            # for the step to refuse, in diffusers' words
+            return
+        self.drop_buffers()
+        self.buffers = new
+        new.hand_out()
+
     def drop_buffers(self) -> None:
-        """Forget what was prepared."""
+        """Forget what was prepared, and the graphs that read it."""
         buffers, self.buffers = self.buffers, None
         if buffers is not None:
             buffers.drop()
+        if self.graphs is not None:
+            self.graphs.drop()
 
     @contextmanager
     def captured(self) -> Iterator[None]:
         """Steps in this block run as those that a graph is recorded from."""
         self.session.is_captured = True
         try:
-            yield
+            with self.session.memory.suspended():
+                yield
         finally:
             self.session.is_captured = False
 
@@ -228,6 +253,14 @@ class Watch:
             # a processor that was put into another enabled UNet since belongs to that one
             elif families.session_of(module) is self.session or (module in installed and type(module) in families.STOCK):
                 families.give_back(module)
+
+
+def forward(unet: Any, *arguments: Any, **options: Any) -> Any:
+    """In the place of a UNet's own, while it is graphed. A copy of the UNet has a copy; a pickle of it has the UNet's own."""
+    state, run = of(unet), MethodType(type(unet).forward, unet)
+    if state is None or state.graphs is None or torch.compiler.is_compiling():
+        return run(*arguments, **options)
+    return state.graphs.step(state, unet, run, arguments, options)
 
 
 def of(unet: nn.Module) -> Any:

@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from ..conditioning import State, remember
+from ..ops import UnsupportedError
 from ..ops.arguments import Problem, check_arguments
 from ..session import Layer
 from .projections import pure_state
@@ -73,6 +74,10 @@ def graph_problem(
             keys = [_split(key, attn.heads) for key in held.keys]
             values = [_split(value, attn.heads) for value in held.values]
             return _checked(query, attn, keys, values, scales, vectors, softmax_scale)
+    if layer.session.is_captured and any(mask is not None for mask in masks):
+        raise UnsupportedError(
+            f"ip_adapter_masks: none were prepared for {query.shape[1]} queries, and a graph reads no others"
+        )
     branches = list(projections(processor, attn, text, images, counts))
     keys = [_split(to_k(tokens), attn.heads) for tokens, to_k, _ in branches]
     values = [_split(to_v(tokens), attn.heads) for tokens, _, to_v in branches]

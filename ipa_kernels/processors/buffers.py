@@ -68,6 +68,10 @@ class Buffers:
         self._held = [Held([_fixed(key) for key, _ in pairs], [_fixed(value) for _, value in pairs], {}) for pairs in computed]
         self._fill(inputs)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a copy of a UNet, or a pickle, has none
+        return type(None), ()
+
     def hand_out(self) -> None:
         """Let the layers have them."""
         for (_, _, layer), held in zip(self._layers, self._held, strict=True):

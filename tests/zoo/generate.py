@@ -45,9 +45,14 @@ def refuses(pipe: Any, control: Control, adapters: int) -> bool:
     return control.raises(adapters)
 
 
-def generate(pipe: Any, adapters: tuple[str, ...] = (), control: Control | None = None, *, size: int = 8, steps: int = 2,
-             seed: int = 1, **options: Any) -> Tensor:  # fmt: skip
+def generate(pipe: Any, *choices: Any, **options: Any) -> Tensor:
     """The latents, from inputs that depend on the seed and the control alone. Does not set the scales."""
+    return pipe(**arguments(pipe, *choices, **options))[0]
+
+
+def arguments(pipe: Any, adapters: tuple[str, ...] = (), control: Control | None = None, *, size: int = 8, steps: int = 2,
+              seed: int = 1, **options: Any) -> dict[str, Any]:  # fmt: skip
+    """What `generate` calls a pipeline with."""
     control = control or Control()
     dtype = pipe.unet.dtype
     draw = seeded(seed, dtype)
@@ -66,7 +71,7 @@ def generate(pipe: Any, adapters: tuple[str, ...] = (), control: Control | None 
         if hasattr(change, "tensor_inputs"):
             call["callback_on_step_end_tensor_inputs"] = change.tensor_inputs
     call |= {"num_inference_steps": steps, "guidance_scale": control.guidance, "output_type": "latent"} | options
-    return pipe(**{name: value for name, value in call.items() if name in accepted})[0]
+    return {name: value for name, value in call.items() if name in accepted}
 
 
 def outcome(pipe: Any, *arguments: Any, **options: Any) -> Outcome:

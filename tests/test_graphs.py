@@ -1,0 +1,258 @@
+"""`graphed`: what is captured, what a replay is given, and when a graph is not replayed.
+
+On the CPU a "graph" is the recorded call itself, run again: it reads the same tensors as a CUDA graph would, and nothing else
+of its arguments is fresh. On a GPU the tests run real ones.
+"""
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+import ipa_kernels
+from ipa_kernels import graphs
+
+from .test_compiled import MASKED, PLAIN, as_stock
+from .zoo.adapters import load
+from .zoo.controls import Control, binary
+from .zoo.generate import generate
+from .zoo.pipelines import build
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Captures on the CPU; counts how often each was run."""
+    runs: list[int] = []
+
+    def capture(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
+        outputs = run()
+        number = len(runs)
+        runs.append(0)
+
+        def replay() -> None:
+            runs[number] += 1
+            for own, new in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(again()), strict=True):
+                if isinstance(own, Tensor):
+                    own.copy_(new)
+
+        def again() -> Any:
+            state = ipa_kernels.watch.of(CURRENT[0])
+            with state.captured():
+                return run()
+
+        return replay, outputs
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(graphs, "is_supported", lambda device: True)
+    monkeypatch.setattr(graphs, "new_pool", lambda: None)
+    return runs
+
+
+CURRENT: list[Any] = [None]
+
+
+def pair(kind: str = "sd", names: tuple[str, ...] = ("base", "plus")) -> tuple[Any, Any]:
+    """A graphed pipeline and a stock twin."""
+    graphed, twin = build(kind, names), build(kind, names)
+    ipa_kernels.graphed(graphed)
+    CURRENT[0] = graphed.unet
+    return graphed, twin
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "animatediff", "kolors", "controlnet", "t2i-adapter", "lcm", "pag"])
+def test_replays_are_given_what_is_new(kind: str, recorded: list[int]) -> None:
+    names = ("base", "plus")
+    graphed, twin = pair(kind, names)
+    for seed, control in enumerate(PLAIN):
+        as_stock(graphed, twin, names, control, seed=seed)
+    report = ipa_kernels.explain(graphed)
+    assert report.graphs == (1, 2 * len(PLAIN) - 1, ""), "two steps each, of which the very first is none"
+    assert recorded == [2 * len(PLAIN) - 1]
+
+
+def test_masks_and_sizes(recorded: list[int]) -> None:
+    names = ("base", "plus")
+    graphed, twin = pair("sd", names)
+    for size in (8, 12, 8):
+        for seed, control in enumerate(MASKED):
+            as_stock(graphed, twin, names, control, seed=seed, size=size)
+    assert len(recorded) == 2
+    assert ipa_kernels.explain(graphed).graphs.reason == ""
+
+
+def test_a_prompt_that_was_written_over(recorded: list[int]) -> None:
+    """In place, with nothing else that is new."""
+    graphed, twin = pair()
+    for pipe in (graphed, twin):
+        pipe.set_ip_adapter_scale([0.7, 0.7])
+
+    def nudge(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors["prompt_embeds"].mul_(1.5)
+        return tensors
+
+    options = {"callback_on_step_end": nudge, "callback_on_step_end_tensor_inputs": ["prompt_embeds"], "steps": 4}
+    found, expected = (generate(pipe, ("base", "plus"), **options) for pipe in (graphed, twin))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert recorded == [3]
+
+
+def other_weight(pipe: Any) -> None:
+    pipe.unet.conv_in.weight = torch.nn.Parameter(pipe.unet.conv_in.weight * 1.5)
+
+
+def moved_weight(pipe: Any) -> None:
+    pipe.unet.conv_in.weight.data = pipe.unet.conv_in.weight * 1.5
+
+
+def written_weight(pipe: Any) -> None:
+    with torch.no_grad():
+        pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.mul_(1.5)
+
+
+def free_u(pipe: Any) -> None:
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+
+
+def hook(pipe: Any) -> None:
+    pipe.unet.conv_in.register_forward_hook(lambda module, inputs, output: output * 1.2)
+
+
+def setting(pipe: Any) -> None:
+    pipe.unet.mid_block.resnets[0].output_scale_factor = 1.3
+
+
+def processors(pipe: Any) -> None:
+    pipe.unet.set_attn_processor(
+        dict(pipe.unet.attn_processors) | {name: Louder() for name in pipe.unet.attn_processors if "attn1" in name}
+    )
+
+
+class Louder:
+    """Self-attention of a user."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        return attn.to_v(hidden_states) * 0.5
+
+
+def another_adapter(pipe: Any) -> None:
+    pipe.unload_ip_adapter()
+    load(pipe, "base", "plus", seed=5)
+    pipe.set_ip_adapter_scale([0.7, 0.7])
+
+
+def lora(pipe: Any) -> None:
+    pipe.unet.mid_block.attentions[0].proj_in.forward = lambda rows: rows * 0.3
+
+
+CHANGES = [other_weight, moved_weight, written_weight, free_u, hook, setting, processors, another_adapter, lora]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_what_changes_is_not_replayed_as_it_was(change: Callable[[Any], None], recorded: list[int]) -> None:
+    graphed, twin = pair()
+    as_stock(graphed, twin, ("base", "plus"), Control())
+    before = generate(twin, ("base", "plus"), Control())
+    for pipe in (graphed, twin):
+        change(pipe)
+    for seed in (1, 2):
+        as_stock(graphed, twin, ("base", "plus"), Control(), seed=seed)
+    assert not torch.equal(generate(twin, ("base", "plus"), Control()), before), "makes no difference: proves nothing"
+    # a graph reads what was written into a weight; anything else is not in it
+    assert len(recorded) == (1 if change is written_weight else 2)
+
+
+def test_prepare_refills_what_graphs_read(recorded: list[int]) -> None:
+    graphed, twin = pair(names=("base",))
+    as_stock(graphed, twin, ("base",), Control())
+    held = ipa_kernels.watch.of(graphed.unet).buffers
+    as_stock(graphed, twin, ("base",), Control(), seed=9)
+    assert ipa_kernels.watch.of(graphed.unet).buffers is held
+    assert len(recorded) == 1
+
+
+def test_two_images_after_one(recorded: list[int]) -> None:
+    """Other sizes of what is constant: new buffers with the next generation, and a new graph."""
+    graphed, twin = pair(names=("base",))
+    for images in (1, 2, 1):
+        as_stock(graphed, twin, ("base",), Control(images=images))
+        as_stock(graphed, twin, ("base",), Control(images=images), seed=3)
+    assert len(recorded) == 3
+    assert ipa_kernels.explain(graphed).graphs == (1, 3 * 3, "")
+
+
+def test_it_ends_with_disable(recorded: list[int]) -> None:
+    graphed, twin = pair(names=("base",))
+    assert "forward" in vars(graphed.unet)
+    copied = copy.deepcopy(graphed.unet)
+    assert vars(copied)["forward"].__self__ is copied
+    buffer = io.BytesIO()
+    torch.save(graphed.unet, buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=False)
+    assert getattr(vars(saved).get("forward"), "__func__", None) is not ipa_kernels.watch.forward
+    ipa_kernels.graphed(graphed)
+    ipa_kernels.disable(graphed)
+    assert "forward" not in vars(graphed.unet)
+    assert ipa_kernels.explain(graphed).graphs is None
+    as_stock(graphed, twin, ("base",), Control())
+    assert recorded == []
+
+
+def test_what_cannot_be_captured_runs_and_says_why() -> None:
+    graphed, twin = pair(names=("base",))
+    as_stock(graphed, twin, ("base",), Control())
+    assert ipa_kernels.explain(graphed).graphs == (0, 0, "device cpu: CUDA graphs need a CUDA GPU")
+    assert "graphs: 0 captured, 0 replays; last step not replayed: device cpu" in str(ipa_kernels.explain(graphed))
+
+
+def test_a_failed_capture_runs_as_ever(recorded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(run: Any, pool: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "capture", refused)
+    graphed, twin = pair(names=("base",))
+    as_stock(graphed, twin, ("base",), Control())
+    assert "not permitted" in ipa_kernels.explain(graphed).graphs.reason
+
+
+def test_gradients_run_as_ever(recorded: list[int]) -> None:
+    graphed, _ = pair(names=("base",))
+    sample, text = torch.randn(1, 4, 8, 8, requires_grad=True), torch.randn(1, 77, 64)
+    added = {"image_embeds": [torch.randn(1, 1, 32)]}
+    graphed.unet(sample, 3, text, added_cond_kwargs=added).sample.sum().backward()
+    assert sample.grad is not None
+    assert recorded == []
+
+
+def test_an_offloaded_unet_is_refused() -> None:
+    pipe = build("sd", ("base",))
+    pipe.unet.forward = pipe.unet.forward
+    with pytest.raises(ValueError, match="forward of its own"):
+        ipa_kernels.graphed(pipe)
+    assert not ipa_kernels.explain(pipe).enabled
+
+
+@pytest.mark.gpu
+def test_twenty_replays_on_a_gpu() -> None:
+    """Real graphs: changing scales, masks and images equal eager, nothing is allocated anew, `prepare` leaves them valid."""
+    names = ("base", "plus")
+    graphed, twin = build("sdxl", names, torch.float16).to("cuda"), build("sdxl", names, torch.float16).to("cuda")
+    ipa_kernels.graphed(graphed)
+    ipa_kernels.enable(twin)
+    sizes = []
+    for seed in range(10):
+        masks = [binary(seed=seed)] * 2
+        control = Control(scales=lambda n, seed=seed: [[0.1 * seed]] * n, masks=lambda n, rows, masks=masks: masks)
+        outcomes = []
+        for pipe in (graphed, twin):
+            pipe.set_ip_adapter_scale(control.scales(2))
+            outcomes.append(generate(pipe, names, control, seed=seed, generator=None))
+        torch.testing.assert_close(outcomes[0], outcomes[1], rtol=2e-2, atol=2e-2)
+        sizes.append(torch.cuda.memory_allocated())
+    assert ipa_kernels.explain(graphed).graphs == (1, 19, "")
+    assert sizes[-1] <= sizes[3]

@@ -1,0 +1,253 @@
+"""`prepare`: buffers that graphs read, filled with what a step is given, or not read."""
+
+import copy
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ipa_kernels
+from ipa_kernels import watch
+
+from .test_compiled import MASKED, PLAIN, as_stock, whole
+from .zoo.adapters import load
+from .zoo.controls import Control
+from .zoo.generate import arguments, generate
+from .zoo.pipelines import build
+
+BOTH = ("base", "plus")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def prepare(pipe: Any, names: tuple[str, ...] = BOTH, control: Control | None = None, **options: Any) -> ipa_kernels.Report:
+    return ipa_kernels.prepare(pipe, **arguments(pipe, names, control, **options))
+
+
+def buffers(pipe: Any) -> Any:
+    return watch.of(getattr(pipe.unet, "_orig_mod", pipe.unet)).buffers
+
+
+def pair(kind: str = "sd", names: tuple[str, ...] = BOTH) -> tuple[Any, Any]:
+    return build(kind, names), build(kind, names)
+
+
+def spoil(pipe: Any) -> None:
+    """Write NaN into every buffer: whatever reads one says so."""
+    for held in buffers(pipe)._held:
+        for tensor in (*held.keys, *held.values):
+            tensor.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("kind", ["sd", "animatediff", "kolors"])
+def test_a_graph_reads_the_buffers_and_they_follow(kind: str) -> None:
+    """Prompts, images, scales and masks that change: the graph that was compiled first stays the only one."""
+    compiled, twin = pair(kind)
+    report = prepare(compiled, control=MASKED[0])
+    assert report.prepared > 0
+    assert report.enabled
+    graphs: list[Any] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    whole(compiled, backend=backend)
+    for seed, control in enumerate(MASKED):
+        as_stock(compiled, twin, BOTH, control, seed=seed)
+    assert len(graphs) == 1
+    ops = [str(node.target) for node in graphs[0].graph.nodes]
+    assert not any("mask_vector" in op for op in ops), "masks are resized once per generation"
+
+
+def test_the_graph_projects_no_prompt_and_no_image() -> None:
+    """What a graph does not use is no longer in it: the projections are gone."""
+    counts = {}
+    for name in ("prepared", "not"):
+        compiled, _ = pair()
+        ipa_kernels.enable(compiled)
+        if name == "prepared":
+            prepare(compiled)
+        sizes: list[int] = []
+
+        def backend(graph: torch.fx.GraphModule, inputs: Any, sizes: list[int] = sizes) -> Any:
+            sizes.append(sum(node.target is torch.ops.aten.addmm.default or node.target is torch.ops.aten.mm.default
+                             for node in graph.graph.nodes))  # fmt: skip
+            return graph.forward
+
+        from torch._dynamo.backends.common import aot_autograd
+
+        whole(compiled, backend=aot_autograd(fw_compiler=backend))
+        generate(compiled, BOTH)
+        (counts[name],) = sizes
+    # 4 layers, text and two adapters, keys and values; and the projections of the images themselves
+    assert counts["not"] - counts["prepared"] > 4 * 3 * 2
+
+
+def test_a_prompt_that_does_not_fit_is_not_read_from_the_buffers() -> None:
+    compiled, twin = pair()
+    prepare(compiled)
+    whole(compiled, backend="eager")
+    as_stock(compiled, twin, BOTH, Control())
+    spoil(compiled)
+    as_stock(compiled, twin, BOTH, Control(images=2))
+    as_stock(compiled, twin, BOTH, Control(prompts=2))
+    as_stock(compiled, twin, BOTH, MASKED[0])
+    as_stock(compiled, twin, BOTH, Control())
+
+
+def test_the_graph_does_read_them() -> None:
+    """In the middle of a generation, where nothing that a tensor tells has changed."""
+    compiled, twin = pair()
+    prepare(compiled)
+    whole(compiled, backend="eager")
+
+    def ruin(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if hasattr(pipe.unet, "_orig_mod"):
+            spoil(pipe)
+        return tensors
+
+    assert generate(compiled, BOTH, callback_on_step_end=ruin).isnan().all()
+    as_stock(compiled, twin, BOTH, Control(), seed=1)
+
+
+def test_called_again_it_fills_the_same_buffers() -> None:
+    compiled, twin = pair()
+    prepare(compiled, seed=1)
+    held = buffers(compiled)
+    whole(compiled, backend="eager")
+    as_stock(compiled, twin, BOTH, Control(), seed=1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        prepare(compiled, seed=2)
+        assert buffers(compiled) is held
+        as_stock(compiled, twin, BOTH, Control(), seed=2)
+
+
+@pytest.mark.parametrize(
+    ("control", "message"),
+    [
+        (Control(images=2), r"ip_adapter_image \(embeddings of each adapter\): expected \[\[2, 1, 32\]"),
+        (Control(prompts=2), r"prompt \(embeddings\): expected \[2, 77, 64\], for which the .* made, got \[4, 77, 64\]"),
+        (MASKED[0], r"ip_adapter_masks \(batch and images of each adapter\): expected \[None, None\]"),
+    ],
+    ids=["images", "prompts", "masks"],
+)  # fmt: skip
+def test_what_does_not_fit_is_an_error_that_changes_nothing(control: Control, message: str) -> None:
+    pipe, _ = pair()
+    prepare(pipe)
+    before = [tensor.clone() for held in buffers(pipe)._held for tensor in held.keys]
+    held = buffers(pipe)
+    with pytest.raises(ValueError, match=message) as raised:
+        prepare(pipe, control=control, seed=5)
+    assert "clear_cache(pipe) drops the buffers" in str(raised.value)
+    assert buffers(pipe) is held
+    assert all(map(torch.equal, before, [tensor for held in buffers(pipe)._held for tensor in held.keys]))
+    ipa_kernels.clear_cache(pipe)
+    assert prepare(pipe, control=control).prepared > 0
+
+
+def test_wrong_targets_and_arguments() -> None:
+    pipe = build("sd", ("base",))
+    with pytest.raises(TypeError, match="pipe: expected a diffusers pipeline"):
+        ipa_kernels.prepare(pipe.unet)
+    with pytest.raises(TypeError, match=r"promt_embeds: expected an argument of StableDiffusionPipeline\.__call__"):
+        ipa_kernels.prepare(pipe, promt_embeds=None)
+    with pytest.raises(ValueError, match="without; load_ip_adapter comes first"):
+        prepare(build("sd"), ())
+    with pytest.raises(Exception, match=r"prompt"):
+        ipa_kernels.prepare(pipe)
+    assert ipa_kernels.explain(pipe).prepared == 0
+    assert pipe._progress_bar_config == {"disable": True}
+
+
+def test_it_leaves_random_numbers_as_they_were() -> None:
+    pipe, twin = pair("sd", ("base",))
+    for each in (pipe, twin):
+        each.set_ip_adapter_scale(0.7)
+    generator = torch.Generator().manual_seed(3)
+    state, torch_state = generator.get_state(), torch.get_rng_state()
+    ipa_kernels.prepare(pipe, **arguments(pipe, ("base",)) | {"generator": generator, "latents": None})
+    assert torch.equal(generator.get_state(), state)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert torch.equal(generate(pipe, ("base",)), generate(twin, ("base",)))
+
+
+def test_weights_that_change_are_read_anew() -> None:
+    compiled, twin = pair("sd", ("base",))
+    prepare(compiled, ("base",))
+    whole(compiled, backend="eager")
+    as_stock(compiled, twin, ("base",), Control())
+    for pipe in (compiled, twin):
+        with torch.no_grad():
+            pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.mul_(2)
+            pipe.unet.encoder_hid_proj.image_projection_layers[0].norm.bias.add_(1)
+    as_stock(compiled, twin, ("base",), Control())
+
+
+def test_an_adapter_that_was_loaded_since() -> None:
+    compiled, twin = pair("sd", ("base",))
+    prepare(compiled, ("base",))
+    whole(compiled, backend="eager")
+    as_stock(compiled, twin, ("base",), Control())
+    for pipe in (compiled, twin):
+        pipe.unload_ip_adapter()
+        load(pipe, "light")
+    as_stock(compiled, twin, ("light",), Control())
+    assert {layer.impl for layer in ipa_kernels.explain(compiled).layers} == {None}
+    prepare(compiled, ("light",))
+    as_stock(compiled, twin, ("light",), Control(), seed=4)
+    assert {layer.impl for layer in ipa_kernels.explain(compiled).layers} == {"eager"}
+
+
+def test_two_threads_take_turns() -> None:
+    """Both have a UNet's buffers to themselves for a step."""
+    pipe, twin = pair("sd", ("base",))
+    for each in (pipe, twin):
+        each.set_ip_adapter_scale(0.7)
+    prepare(pipe, ("base",))
+    blocks_of = pipe.unet
+    blocks_of.compile_repeated_blocks(fullgraph=True, backend="eager")
+    expected = [generate(twin, ("base",), seed=seed, steps=4) for seed in (1, 2)]
+    generate(pipe, ("base",), seed=1)
+    found: dict[int, list[Tensor]] = {1: [], 2: []}
+    pipes = [pipe, copy.copy(pipe)]
+    pipes[1].scheduler = copy.deepcopy(pipe.scheduler)
+
+    def draw(each: Any, seed: int) -> None:
+        for _ in range(3):
+            found[seed].append(generate(each, ("base",), seed=seed, steps=4))
+
+    threads = [threading.Thread(target=draw, args=(each, seed)) for each, seed in zip(pipes, (1, 2), strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, picture in zip((1, 2), expected, strict=True):
+        for one in found[seed]:
+            torch.testing.assert_close(one, picture, rtol=1e-4, atol=1e-5)
+        assert len(found[seed]) == 3
+
+
+def test_a_copy_and_the_end() -> None:
+    pipe, _ = pair("sd", ("base",))
+    prepare(pipe, ("base",))
+    assert watch.of(copy.deepcopy(pipe.unet)).buffers is None
+    ipa_kernels.disable(pipe)
+    assert ipa_kernels.explain(pipe).prepared == 0
+
+
+def test_eager_steps_are_as_ever() -> None:
+    pipe, twin = pair()
+    prepare(pipe)
+    for control in PLAIN[:3]:
+        for each in (pipe, twin):
+            each.set_ip_adapter_scale(control.scales(2))
+        assert torch.equal(generate(pipe, BOTH, control), generate(twin, BOTH, control))
