@@ -66,17 +66,20 @@ def steps(device: str) -> list[Step]:
             _driver("unet_step", 60, device, "unet_step", "--rounds", "3"),
             _driver("generation", 60, device, "generation", "--rounds", "1", "--steps", "3", "--model"),
             _driver("host", 60, device, "host", "--rounds", "3", "--adapters", "one"),
+            _driver("first_image", 90, device, "first_image", "--ways", "stock", "enabled"),
         ]
-    compiled = ("--model", "sd15", "--modes", "compiled", "--adapters", "none", "one", "--compile-seconds", "60")
+    graphed = ("--modes", "eager", "graphed")
+    compiled = ("--model", "sd15", "--modes", "compiled", "prepared", "--adapters", "none", "one", "--compile-seconds", "60")
     return [
         _tests("gpu_tests", 90, WORKERS, "-m", "gpu", *_gpu_files()),
         _tests("kernel_tests", 90, WORKERS, "-m", "not gpu", "tests/test_kernel.py"),
         _driver("attention", 140, device, "attention", "--seconds", "100", "--cases", *CASES),
-        _driver("unet_step_sdxl", 110, device, "unet_step", "--model", "sdxl", "--rounds", "5"),
-        _driver("unet_step_sd15", 60, device, "unet_step", "--model", "sd15"),
+        _driver("unet_step_sdxl", 110, device, "unet_step", "--model", "sdxl", "--rounds", "5", *graphed),
+        _driver("unet_step_sd15", 60, device, "unet_step", "--model", "sd15", *graphed),
         _driver("sweep", 60, device, "attention", "--sweep", "--rounds", "10", "--seconds", "40"),
         _driver("host", 30, device, "host", "--rounds", "5"),
         _driver("generation", 60, device, "generation", "--rounds", "5", "--adapters", "one", "three masked"),
+        _driver("first_image", 60, device, "first_image", "--ways", "stock", "enabled", "graphed"),
         _driver("unet_step_compiled", 110, device, "unet_step", *compiled),
     ]
 

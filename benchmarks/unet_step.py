@@ -1,6 +1,6 @@
 """A step of a whole UNet in the middle of a generation: stock against enabled, with no adapter, one and three, masked and not.
 
-    python -m benchmarks.unet_step [--device cuda] [--model sd15 sdxl] [--modes eager compiled] [--json FILE]
+    python -m benchmarks.unet_step [--device cuda] [--model sd15 sdxl] [--modes eager graphed compiled prepared] [--json FILE]
 
 Architectures are the real ones, weights are random (`unet_models`). All candidates of a model share one set of weights and take
 turns in one run; each has modules of its own, so that nothing is switched between calls. Wall time of the whole step, launches
@@ -11,7 +11,9 @@ float64  where the weights fit in float64: the enabled step's root mean square d
 stock    elsewhere: relative distance to the stock step at most 1e-2 in float16, 8e-2 in bfloat16, 1e-4 in float32
 
 With these weights a left-out adapter moves the step by 0.3 (one) or 0.7 (three), and a scale of 0.59 for 0.6 by 5e-3 or more.
-"Stock" is the stock step in the same mode. A variant outside of its bound is reported and not timed.
+"Stock" is the stock step in the same mode: eager for "graphed" (`ipa_kernels.graphed`, enabled only), compiled for "prepared"
+(compiled after `ipa_kernels.prepare`, enabled only); these modes need the other. A variant outside of its bound is reported and
+not timed.
 """
 
 import argparse
@@ -38,21 +40,49 @@ from .unet_models import MODELS, Inputs, Model, build, clone, load
 VARIANTS = {"none": (0, False), "one": (1, False), "one masked": (1, True), "three": (3, False), "three masked": (3, True)}
 """Adapters (one: base, 4 tokens; three: Plus, 16 tokens each), and whether each has a mask."""
 
+MODES = {"eager": "eager", "graphed": "eager", "compiled": "compiled", "prepared": "compiled"}
+"""The modes, each with the mode of the stock step that it is compared with."""
+
+COMPARED = 2
+"""Which step is compared: of a graphed UNet the first runs as ever, the second is captured, this one is but a replay."""
+
 SLACK = 1.25
 RELATIVE = {torch.float16: 1e-2, torch.bfloat16: 8e-2, torch.float32: 1e-4}
+
+
+class Pipeline:
+    """As much of a diffusers pipeline as `prepare` needs: a call of it begins with a step of its UNet."""
+
+    def __init__(self, unet: Any, inputs: Inputs) -> None:
+        self.unet = unet
+        self.inputs = inputs
+        self._progress_bar_config: dict[str, Any] = {}
+
+    def __call__(self) -> Tensor:
+        return self.inputs.step(self.unet, 0)
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """There is none."""
+
+    def maybe_free_model_hooks(self) -> None:
+        """There are none."""
 
 
 class Candidate:
     """One way to run a variant. Called again and again it goes through the steps of a generation."""
 
-    def __init__(self, variant: str, enabled: bool, compiled: bool, base: Any, inputs: Inputs) -> None:
+    def __init__(self, variant: str, enabled: bool, mode: str, base: Any, inputs: Inputs) -> None:
         self.variant = variant
         self.state = "enabled" if enabled else "stock"
-        self.mode = "compiled" if compiled else "eager"
+        self.mode = mode
         self.unet = clone(base)
         if enabled:
             ipa_kernels.enable(self.unet)
-        self.module: Any = torch.compile(self.unet) if compiled else self.unet
+        if mode == "graphed":
+            ipa_kernels.graphed(self.unet)
+        if mode == "prepared":
+            ipa_kernels.prepare(Pipeline(self.unet, inputs))
+        self.module: Any = torch.compile(self.unet) if mode in ("compiled", "prepared") else self.unet
         self.inputs = inputs
         self.steps = itertools.count()
 
@@ -70,6 +100,7 @@ class Candidate:
         report = ipa_kernels.explain(self.unet)
         if self.state == "enabled" and report.layers:
             row["layers"] = {"triton": report.triton, "eager": report.eager, "stock": report.stock}
+            row["graphs"] = None if report.graphs is None else report.graphs._asdict()
             row["why not the kernel"] = sorted({layer.reason for layer in report.layers if layer.reason})
         return row
 
@@ -117,28 +148,31 @@ def measure_model(
             load(with_adapters[adapters], model, adapters)
         base = with_adapters[adapters]
         inputs = Inputs(model, adapters, masked, dtype, device)
-        truth = in_float64(base, inputs, 1) if adapters else None
+        truth = in_float64(base, inputs, COMPARED) if adapters else None
         expected: dict[str, Tensor] = {}
-        for mode, enabled in itertools.product(modes, (False, True) if adapters else (False,)):
-            candidate = Candidate(variant, enabled, mode == "compiled", base, inputs)
-            if mode == "compiled" and spent > compile_seconds:
+        for mode, enabled in itertools.product(modes, (False, True)):
+            if (enabled and not adapters) or (not enabled and MODES[mode] != mode):
+                continue
+            candidate = Candidate(variant, enabled, mode, base, inputs)
+            if MODES[mode] == "compiled" and spent > compile_seconds:
                 rows[candidate.name] = candidate.row() | {
                     "reason": f"not compiled: the {compile_seconds:.0f} s for that are over"
                 }
                 continue
             start = time.perf_counter()
             try:
-                candidate()
-                out = candidate()
+                for _ in range(COMPARED + 1):
+                    out = candidate()
             except Exception as error:  # what cannot be compiled is a result
                 rows[candidate.name] = candidate.row() | {"reason": first_line(error), "within": False}
                 continue
-            spent += (time.perf_counter() - start) * (mode == "compiled")
+            spent += (time.perf_counter() - start) * (MODES[mode] == "compiled")
             rows[candidate.name] = row = candidate.row()
             if not enabled:
                 expected[mode] = out
             else:
-                row |= gate(out, expected[mode], truth) if mode in expected else {"within": False}
+                stock = expected.get(MODES[mode])
+                row |= {"within": False} if stock is None else gate(out, stock, truth)
                 if not row["within"]:
                     row["reason"] = "not timed: outside the error budget"
                     continue
@@ -156,8 +190,8 @@ def key_ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
         if state != "enabled":
             continue
         for base, label in (("none", "stock with no adapter"), (variant, f"stock with {variant}")):
-            if (base, "stock", mode) in seconds:
-                found[f"{mode}: enabled with {variant} / {label}"] = median / seconds[base, "stock", mode]
+            if (base, "stock", MODES[mode]) in seconds:
+                found[f"{mode}: enabled with {variant} / {label}"] = median / seconds[base, "stock", MODES[mode]]
     return found
 
 
@@ -168,7 +202,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="float16 on a GPU, float32 on a CPU")
     parser.add_argument("--model", nargs="+", choices=list(MODELS), help="default: sd15 and sdxl on a GPU, tiny on a CPU")
     parser.add_argument("--adapters", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager"])
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=["eager"])
     parser.add_argument("--compile-seconds", type=float, default=600, help="begin no compilation after so many spent on them")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path, help="write facts about the machine and one row per candidate, after each model")
@@ -178,6 +212,9 @@ def main() -> int:
     # the rows say what ran and why
     warnings.simplefilter("ignore", ipa_kernels.FallbackWarning)
     logging.set_verbosity_error()
+    for mode in arguments.modes:
+        if MODES[mode] not in arguments.modes:
+            parser.error(f"--modes: {mode} is compared with stock in the mode {MODES[mode]}, which is not among them")
     # every candidate is compiled for itself
     torch._dynamo.config.recompile_limit = 64
 

@@ -237,7 +237,7 @@ def test_the_unet_step_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
             assert row["layers"] == {"triton": 0, "eager": 7, "stock": 0}
             ratio = row["seconds"]["median"] / rows["none", "stock"]["seconds"]["median"]
             assert model["ratios"][f"eager: enabled with {variant} / stock with no adapter"] == ratio
-    steps = 2 + 2 + 2  # compared, warming up, timed
+    steps = 3 + 2 + 2  # up to the one that is compared, warming up, timed
     assert entered.count(False) == 4, "one generation for each enabled candidate"
     assert entered.count(True) == 4 * (steps - 1), "every other step is in the middle of it"
     assert "enabled with one / stock with no adapter" in capsys.readouterr().out
