@@ -46,8 +46,11 @@ def stable_diffusion(seed: int = 0, *, encoders: bool = False) -> Any:
     )
 
 
-def stable_diffusion_xl(seed: int = 0) -> Any:
-    """A StableDiffusionXLPipeline: head dim 16 at every width, several blocks per layer, time ids and pooled text."""
+def stable_diffusion_xl(seed: int = 0, *, encoders: bool = False) -> Any:
+    """A StableDiffusionXLPipeline: head dim 16 at every width, several blocks per layer, time ids and pooled text.
+
+    With CLIP encoders on request.
+    """
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
         block_out_channels=(32, 64),
@@ -63,15 +66,13 @@ def stable_diffusion_xl(seed: int = 0) -> Any:
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + IMAGE_EMBED_DIM,
     )
+    names = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "image_encoder", "feature_extractor")
     return StableDiffusionXLPipeline(
         unet=unet,
         vae=_vae(),
         scheduler=_scheduler(),
-        text_encoder=None,
-        text_encoder_2=None,
-        tokenizer=None,
-        tokenizer_2=None,
         add_watermarker=False,
+        **(_encoders_xl() if encoders else dict.fromkeys(names)),
     )
 
 
@@ -178,23 +179,46 @@ def _scheduler() -> DDIMScheduler:
 
 def _encoders() -> dict[str, Any]:
     """A byte-level CLIP tokenizer, and tiny random CLIP encoders for text and images."""
+    from transformers import CLIPTextModel
+
+    tokenizer = _tokenizer()
+    text_encoder = CLIPTextModel(_text_config(tokenizer, CROSS_ATTENTION_DIM)).eval()
+    return {"tokenizer": tokenizer, "text_encoder": text_encoder, **_image_encoder()}
+
+
+def _encoders_xl() -> dict[str, Any]:
+    """As above, with two text encoders, each of half the width of the UNet's text embeddings."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    tokenizer = _tokenizer()
+    config = _text_config(tokenizer, CROSS_ATTENTION_DIM // 2)
+    return {
+        "tokenizer": tokenizer,
+        "tokenizer_2": tokenizer,
+        "text_encoder": CLIPTextModel(config).eval(),
+        "text_encoder_2": CLIPTextModelWithProjection(config).eval(),
+        **_image_encoder(),
+    }
+
+
+def _tokenizer() -> Any:
+    """A CLIP tokenizer whose words are bytes."""
     from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import (
-        CLIPImageProcessor,
-        CLIPTextConfig,
-        CLIPTextModel,
-        CLIPTokenizer,
-        CLIPVisionConfig,
-        CLIPVisionModelWithProjection,
-    )
+    from transformers import CLIPTokenizer
 
     letters = sorted(ByteLevel.alphabet())
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
-    text = CLIPTextConfig(
-        vocab_size=len(words),
-        hidden_size=CROSS_ATTENTION_DIM,
-        intermediate_size=2 * CROSS_ATTENTION_DIM,
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
+
+
+def _text_config(tokenizer: Any, width: int) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        projection_dim=IMAGE_EMBED_DIM,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=77,
@@ -202,6 +226,11 @@ def _encoders() -> dict[str, Any]:
         eos_token_id=1,
         pad_token_id=1,
     )
+
+
+def _image_encoder() -> dict[str, Any]:
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
     vision = CLIPVisionConfig(
         hidden_size=IMAGE_EMBED_DIM,
         intermediate_size=2 * IMAGE_EMBED_DIM,
@@ -212,8 +241,6 @@ def _encoders() -> dict[str, Any]:
         patch_size=8,
     )
     return {
-        "tokenizer": tokenizer,
-        "text_encoder": CLIPTextModel(text).eval(),
         "image_encoder": CLIPVisionModelWithProjection(vision).eval(),
         "feature_extractor": CLIPImageProcessor(crop_size=32, size=32),
     }
