@@ -17,6 +17,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from diffusers import DDPMScheduler
 from ip_adapter_training import adapter, arguments, checkpoints, data, models, validation
 from ip_adapter_training.arguments import UsageError
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -46,7 +47,8 @@ class Run:
         self.accelerator = accelerator = Accelerator(
             mixed_precision=options.mixed_precision, gradient_accumulation_steps=options.gradient_accumulation_steps
         )
-        check_launch(accelerator)
+        check_launch(accelerator, options)
+        options.mixed_precision = accelerator.mixed_precision
         self.share = arguments.share_of(options, accelerator.num_processes)
         self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
@@ -70,6 +72,8 @@ class Run:
             self.parameters.values(), lr=options.learning_rate, weight_decay=options.weight_decay
         )
         self.model, self.optimizer = accelerator.prepare(self.unet, optimizer)
+        # FSDP puts others in their place
+        self.parameters = {name: tensor for name, tensor in self.unet.named_parameters() if tensor.requires_grad}
         self.average = (
             {name: parameter.detach().clone() for name, parameter in self.parameters.items()} if options.ema_decay else None
         )
@@ -159,8 +163,7 @@ class Run:
             self.unwritten[-1]["validation_loss"] = self.validation_loss()
         if validate or save or self.step % options.log_every == 0:
             self.write_metrics(bar)
-        if save:
-            self.save()
+        # before the checkpoint: a run that goes on from it does not come here again
         if validate and options.validation_image:
             made = validation.pictures(
                 self.pipe,
@@ -173,6 +176,8 @@ class Run:
             if self.accelerator.is_main_process:
                 file = options.output / "validation" / f"step-{self.step:08d}.png"
                 validation.save_pictures(options.validation_image, made, file)
+        if save:
+            self.save()
 
     @torch.no_grad()
     def validation_loss(self) -> Tensor:
@@ -193,8 +198,10 @@ class Run:
             if "validation_loss" in row:
                 row["validation_loss"] = row["validation_loss"].item()
         if self.accelerator.is_main_process:
-            with (self.options.output / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            file = self.options.output / "metrics.jsonl"
+            with file.open("a", encoding="utf-8") as lines:
+                lines.writelines(json.dumps(row) + "\n" for row in rows)
+            checkpoints.to_disk(file)
         bar.set_postfix(loss=f"{sum(means) / len(means):.4f}")
         if self.accelerator.scaler is None and not all(map(math.isfinite, means)):
             step = next(row["step"] for row in rows if not math.isfinite(row["loss"]))
@@ -211,7 +218,7 @@ class Run:
             self.average[name].lerp_(parameter, 1 - decay)
 
     def save(self) -> None:
-        """Write a checkpoint and the adapter; every process takes part, the first one writes."""
+        """Write a checkpoint; every process takes part, the first one writes."""
         weights, optimizer = get_state_dict(self.model, self.optimizer.optimizer, options=FULL)
         if self.accelerator.is_main_process:
             state = {
@@ -225,20 +232,26 @@ class Run:
 
             def contents(place: Path) -> None:
                 torch.save(state, place / "state.pt")
-                self.write_adapters(weights, lambda name: place / name)
+                for name, made in self.adapters(weights).items():
+                    adapter.save(made, place / name)
 
             checkpoints.write(self.options.output, self.step, contents, self.options.keep_checkpoints)
-            if self.step == self.options.steps:
-                self.write_adapters(weights, lambda name: self.options.output / name)
         self.accelerator.wait_for_everyone()
 
-    def write_adapters(self, weights: dict[str, Tensor], place: Any) -> None:
-        """The adapter in the format of `load_ip_adapter`, and its moving average."""
-        for name, tensors in (("ip_adapter", weights), ("ip_adapter_ema", self.average)):
-            if tensors is not None:
-                file = place(f"{name}.safetensors")
-                made = adapter.to_checkpoint(self.unet, tensors)
-                checkpoints.write_file(file, lambda path, made=made: adapter.save(made, path))
+    def finish(self) -> None:
+        """Write the adapter beside the checkpoints."""
+        weights = get_model_state_dict(self.model, options=FULL)
+        if self.accelerator.is_main_process:
+            for name, made in self.adapters(weights).items():
+                checkpoints.write_file(self.options.output / name, partial(adapter.save, made))
+        self.accelerator.wait_for_everyone()
+
+    def adapters(self, weights: dict[str, Any]) -> dict[str, adapter.Checkpoint]:
+        """The files for `load_ip_adapter`: the adapter and, where there is one, its moving average."""
+        made = {"ip_adapter.safetensors": adapter.to_checkpoint(self.unet, weights)}
+        if self.average is not None:
+            made["ip_adapter_ema.safetensors"] = adapter.to_checkpoint(self.unet, self.average)
+        return made
 
     def resume(self) -> None:
         """Go back to the last complete checkpoint, if there is one."""
@@ -291,9 +304,11 @@ def learning_rate(step: int, options: argparse.Namespace) -> float:
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def check_launch(accelerator: Accelerator) -> None:
+def check_launch(accelerator: Accelerator, options: argparse.Namespace) -> None:
     """Raise UsageError for settings of `accelerate launch` that this script has no answer to, or that are ignored."""
     asked = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"]
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UsageError("--mixed-precision fp16: needs a GPU; bf16 runs on a CPU")
     if "DEEPSPEED" in asked:
         raise UsageError("DeepSpeed: its engine owns the optimizer, which checkpoints here do not know; DDP and FSDP2 work")
     if "FSDP" in asked and accelerator.distributed_type != DistributedType.FSDP:
@@ -314,6 +329,7 @@ def main(argv: list[str] | None = None) -> None:
             if options.accelerated:
                 print(run.report)
         run.train()
+        run.finish()
         run.accelerator.end_training()
     except UsageError as error:
         sys.exit(f"error: {error}")

@@ -11,11 +11,11 @@ class UsageError(Exception):
 
 MAY_CHANGE = {
     "output", "resume", "steps", "checkpoint_every", "keep_checkpoints", "log_every", "validate_every", "validation_samples",
-    "validation_prompt", "validation_image", "validation_inference_steps", "workers", "accelerated", "impl", "mixed_precision",
+    "validation_prompt", "validation_image", "validation_inference_steps", "workers", "accelerated", "impl",
     "gradient_checkpointing", "gradient_accumulation_steps",
 }  # fmt: skip
-"""What another run that goes on from a checkpoint may choose anew: it leaves the examples, the noise and the optimizer as they
-were. (`steps` belongs to them with the cosine schedule: see `remembered`.)"""
+"""What a run that goes on from a checkpoint may choose anew: it changes a result by rounding, or not at all. (With the cosine
+schedule `steps` is none of these: see `remembered`.)"""
 
 
 def parse(argv: list[str] | None, description: str) -> argparse.Namespace:

@@ -22,9 +22,9 @@ def write(folder: Path, step: int, contents: Callable[[Path], None], keep: int) 
     unfinished.mkdir(parents=True)
     contents(unfinished)
     for path in (*unfinished.iterdir(), unfinished):
-        _to_disk(path)
+        to_disk(path)
     unfinished.rename(final)
-    _to_disk(folder)
+    to_disk(folder)
     for old in finished(folder)[:-keep]:
         _remove(old)
     return final
@@ -34,9 +34,9 @@ def write_file(file: Path, contents: Callable[[Path], None]) -> None:
     """The same for one file: the one before stays until the new one is complete."""
     unfinished = file.with_name(f"{_UNFINISHED}{file.name}")
     contents(unfinished)
-    _to_disk(unfinished)
+    to_disk(unfinished)
     unfinished.replace(file)
-    _to_disk(file.parent)
+    to_disk(file.parent)
 
 
 def finished(folder: Path) -> list[Path]:
@@ -56,7 +56,8 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(removed)
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -21,7 +21,7 @@ def load(arguments: argparse.Namespace) -> Any:
         make = tiny.stable_diffusion if arguments.tiny == "sd15" else tiny.stable_diffusion_xl
         return make(encoders=True)
     try:
-        pipe = DiffusionPipeline.from_pretrained(arguments.model, torch_dtype=torch.float32)
+        pipe = DiffusionPipeline.from_pretrained(arguments.model, dtype=torch.float32)
     except Exception as error:  # diffusers, transformers, safetensors and the hub, each with errors of its own
         raise UsageError(f"--model {arguments.model}: {error}") from error
     if not isinstance(pipe, StableDiffusionPipeline | StableDiffusionXLPipeline):
@@ -60,6 +60,9 @@ class Conditions:
     def __init__(self, pipe: Any, device: torch.device, dtype: torch.dtype, plus: bool) -> None:
         self.pipe, self.device, self.dtype, self.plus = pipe, device, dtype, plus
         self.is_xl = isinstance(pipe, StableDiffusionXLPipeline)
+        # what the pipeline takes for guidance where there is no negative prompt: zeros in SDXL
+        encoded = pipe.encode_prompt("", device=device, num_images_per_prompt=1, do_classifier_free_guidance=True)
+        self.no_text = encoded[1::2]
 
     @torch.no_grad()
     def latents(self, batch: dict[str, Any]) -> Tensor:
@@ -78,15 +81,15 @@ class Conditions:
         return {"encoder_hidden_states": text, "added_cond_kwargs": added}
 
     def _text(self, captions: Sequence[str], drop: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Embeddings of the captions. A dropped one becomes what the pipeline takes for guidance without a negative prompt."""
+        """Embeddings of the captions, token by token and, for SDXL, pooled."""
         encoded = self.pipe.encode_prompt(
-            list(captions), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=True
+            list(captions), device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
-
-        def choose(positive: Tensor, negative: Tensor) -> Tensor:
-            return torch.where(drop.view(-1, *[1] * (positive.ndim - 1)), negative, positive).to(self.dtype)
-
-        return choose(*encoded[:2]), choose(*encoded[2:]) if self.is_xl else None
+        text, *pooled = (
+            torch.where(drop.view(-1, *[1] * (with_text.ndim - 1)), without, with_text).to(self.dtype)
+            for with_text, without in zip(encoded[::2], self.no_text, strict=True)
+        )
+        return text, pooled[0] if self.is_xl else None
 
     def _image(self, pixels: Tensor, drop: Tensor) -> Tensor:
         """[B, 1 image, ...] as the pipeline passes it: the pooled embedding, or with a resampler the last but one hidden states.
