@@ -45,7 +45,9 @@ class Run:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.accelerator = accelerator = Accelerator(
-            mixed_precision=options.mixed_precision, gradient_accumulation_steps=options.gradient_accumulation_steps
+            mixed_precision=options.mixed_precision,
+            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            cpu=options.cpu,
         )
         check_launch(accelerator, options)
         options.mixed_precision = accelerator.mixed_precision
@@ -68,9 +70,7 @@ class Run:
             self.report = ipa_kernels.enable(self.unet, impl=options.impl)
 
         self.read_data()
-        optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=options.learning_rate, weight_decay=options.weight_decay
-        )
+        optimizer = torch.optim.AdamW(self.parameters.values(), lr=options.learning_rate, weight_decay=options.weight_decay)
         self.model, self.optimizer = accelerator.prepare(self.unet, optimizer)
         # FSDP puts others in their place
         self.parameters = {name: tensor for name, tensor in self.unet.named_parameters() if tensor.requires_grad}
@@ -108,9 +108,7 @@ class Run:
     def batches(self) -> Iterator[dict[str, Any]]:
         """This process's shares of the batches, from the current step to the last."""
         processes, process = self.accelerator.num_processes, self.accelerator.process_index
-        sampler = data.ShareOfBatches(
-            self.step, self.options.steps, self.options.batch_size, self.share, processes, process
-        )
+        sampler = data.ShareOfBatches(self.step, self.options.steps, self.options.batch_size, self.share, processes, process)
         workers = {"num_workers": self.options.workers, "persistent_workers": self.options.workers > 0}
         # a generator of its own: the loader would draw from the global one
         yield from DataLoader(self.examples, batch_sampler=sampler, generator=torch.Generator(), **workers)
@@ -309,6 +307,9 @@ def check_launch(accelerator: Accelerator, options: argparse.Namespace) -> None:
     asked = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"]
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UsageError("--mixed-precision fp16: needs a GPU; bf16 runs on a CPU")
+    if int(os.environ.get("WORLD_SIZE", "1")) != accelerator.num_processes:
+        # each would train on its own, all into the same folder
+        raise UsageError("accelerate launched several processes and sees one: where there is no GPU, pass --cpu")
     if "DEEPSPEED" in asked:
         raise UsageError("DeepSpeed: its engine owns the optimizer, which checkpoints here do not know; DDP and FSDP2 work")
     if "FSDP" in asked and accelerator.distributed_type != DistributedType.FSDP:

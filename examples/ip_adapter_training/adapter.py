@@ -62,9 +62,7 @@ def install(pipe: Any, adapter: Checkpoint | Path) -> dict[str, nn.Parameter]:
     pipe.unet.requires_grad_(False)
     prefixes = (_PROJECTION, *(f"{name}.processor." for name in _cross_attentions(pipe.unet)))
     return {
-        name: parameter.requires_grad_(True)
-        for name, parameter in pipe.unet.named_parameters()
-        if name.startswith(prefixes)
+        name: parameter.requires_grad_(True) for name, parameter in pipe.unet.named_parameters() if name.startswith(prefixes)
     }
 
 

@@ -11,7 +11,7 @@ class UsageError(Exception):
 
 MAY_CHANGE = {
     "output", "resume", "steps", "checkpoint_every", "keep_checkpoints", "log_every", "validate_every", "validation_samples",
-    "validation_prompt", "validation_image", "validation_inference_steps", "workers", "accelerated", "impl",
+    "validation_prompt", "validation_image", "validation_inference_steps", "workers", "accelerated", "impl", "cpu",
     "gradient_checkpointing", "gradient_accumulation_steps",
 }  # fmt: skip
 """What a run that goes on from a checkpoint may choose anew: it changes a result by rounding, or not at all. (With the cosine
@@ -26,9 +26,13 @@ def parse(argv: list[str] | None, description: str) -> argparse.Namespace:
     which = group.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", help="Stable Diffusion 1.5, 2.1 or XL: a folder that diffusers saved, or a hub id")
     which.add_argument("--tiny", choices=["sd15", "sdxl"], help="a small model with random weights, made in code: no network")
-    group.add_argument("--image-encoder", default="h94/IP-Adapter", help="folder or hub id, where the model has none of its own")
+    group.add_argument(
+        "--image-encoder", default="h94/IP-Adapter", help="folder or hub id, where the model has none of its own"
+    )
     group.add_argument("--image-encoder-subfolder", default="models/image_encoder", help="inside of it; '' for none")
-    group.add_argument("--adapter", choices=["base", "plus"], default="base", help="base: 4 tokens of the pooled image embedding")
+    group.add_argument(
+        "--adapter", choices=["base", "plus"], default="base", help="base: 4 tokens of the pooled image embedding"
+    )
     group.add_argument("--tokens", type=positive, default=16, help="image tokens of --adapter plus (default: %(default)s)")
     group.add_argument("--init-adapter", type=Path, help="start from this IP-Adapter file (.safetensors, .bin)")
 
@@ -58,7 +62,9 @@ def parse(argv: list[str] | None, description: str) -> argparse.Namespace:
         default=8,
         help="examples of one optimizer step, over all processes and accumulation steps together (default: %(default)s)",
     )
-    group.add_argument("--gradient-accumulation-steps", type=positive, default=1, help="parts in which a process goes through its share")
+    group.add_argument(
+        "--gradient-accumulation-steps", type=positive, default=1, help="parts in which a process goes through its share"
+    )
     group.add_argument("--learning-rate", type=float, default=1e-4, help="of AdamW (default: %(default)s)")
     group.add_argument("--schedule", choices=["constant", "cosine"], default="constant", help="cosine ends at 0")
     group.add_argument("--warmup-steps", type=int, default=0, help="in which the learning rate rises to its value")
@@ -71,8 +77,11 @@ def parse(argv: list[str] | None, description: str) -> argparse.Namespace:
     kind = group.add_mutually_exclusive_group()
     kind.add_argument("--accelerated", dest="accelerated", action="store_true", default=True, help="with ipa_kernels (default)")
     kind.add_argument("--stock", dest="accelerated", action="store_false", help="with diffusers' own attention")
-    group.add_argument("--impl", choices=["auto", "triton", "eager"], default="auto", help="of ipa_kernels (default: %(default)s)")
+    group.add_argument(
+        "--impl", choices=["auto", "triton", "eager"], default="auto", help="of ipa_kernels (default: %(default)s)"
+    )
     group.add_argument("--mixed-precision", choices=["no", "fp16", "bf16"], help="default: what `accelerate launch` was told")
+    group.add_argument("--cpu", action="store_true", help="leave GPUs alone; several processes need this where there is no GPU")
     group.add_argument("--gradient-checkpointing", action="store_true", help="compute activations twice, keep few")
 
     group = parser.add_argument_group("output")
@@ -80,7 +89,9 @@ def parse(argv: list[str] | None, description: str) -> argparse.Namespace:
     group.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output, if there is one")
     group.add_argument("--checkpoint-every", type=positive, default=1000, help="steps (default: %(default)s)")
     group.add_argument("--keep-checkpoints", type=positive, default=3, help="the last ones (default: %(default)s)")
-    group.add_argument("--log-every", type=positive, default=10, help="steps; every step's loss is written (default: %(default)s)")
+    group.add_argument(
+        "--log-every", type=positive, default=10, help="steps; every step's loss is written (default: %(default)s)"
+    )
     group.add_argument("--validate-every", type=positive, default=1000, help="steps (default: %(default)s)")
     group.add_argument("--validation-samples", type=int, default=16, help="in the validation loss; 0 for none (default: 16)")
     group.add_argument("--validation-prompt", default="", help="of the pictures")
@@ -111,7 +122,9 @@ def remembered(arguments: argparse.Namespace, data: str) -> dict[str, Any]:
     chosen = {name: value for name, value in vars(arguments).items() if name not in MAY_CHANGE}
     if arguments.schedule == "cosine":
         chosen["steps"] = arguments.steps
-    return {name: str(value) if isinstance(value, Path) else value for name, value in chosen.items()} | {"contents of data": data}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in chosen.items()} | {
+        "contents of data": data
+    }
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any], checkpoint: Path) -> None:
