@@ -1,20 +1,18 @@
 """Train an IP-Adapter for Stable Diffusion 1.5, 2.1 or XL.
 
-    accelerate launch examples/train_ip_adapter.py --model stable-diffusion-v1-5/stable-diffusion-v1-5 --data pictures --output run
+    accelerate launch examples/train_ip_adapter.py --model MODEL --data PICTURES --output OUTPUT
 
-The UNet, the text encoders, the VAE and the image encoder are frozen. What is trained is the projection of the image embedding to
-image tokens and, in each cross-attention, the keys and values of these tokens (arXiv:2308.06721). The result is
-run/ip_adapter.safetensors, which `pipe.load_ip_adapter` reads.
+The UNet, the text encoders, the VAE and the image encoder are frozen. What is trained is the projection of the image embedding
+to image tokens and, in each cross-attention, the keys and values of these tokens (arXiv:2308.06721). The result is
+OUTPUT/ip_adapter.safetensors, which `pipe.load_ip_adapter` reads.
 
-A run is a function of its arguments: which examples a step sees, their noise, timesteps and drops follow from the seed and the number of
-the step, whatever the number of processes. After a kill the same command with --resume goes on from the last checkpoint with the
-losses that it would have had.
+A run is a function of its arguments: which examples a step sees, their noise, timesteps and drops follow from the seed and the
+number of the step, whatever the number of processes. After a kill the same command with --resume goes on from the last
+checkpoint with the losses that it would have had.
 """
 
 import argparse
-import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -23,12 +21,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DDPMScheduler
-from ip_adapter_training import adapter, arguments, checkpoints, data, models, validation
+from ip_adapter_training import adapter, arguments, checkpoints, data, launch, models, validation
 from ip_adapter_training.arguments import UsageError
-from torch import Tensor, nn
+from ip_adapter_training.metrics import Metrics
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -49,7 +48,7 @@ class Run:
             gradient_accumulation_steps=options.gradient_accumulation_steps,
             cpu=options.cpu,
         )
-        check_launch(accelerator, options)
+        launch.check(accelerator, options)
         options.mixed_precision = accelerator.mixed_precision
         self.share = arguments.share_of(options, accelerator.num_processes)
         self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
@@ -79,6 +78,7 @@ class Run:
         )
         self.step = 0
         self.unwritten: list[dict[str, Any]] = []
+        self.metrics = Metrics(options.output / "metrics.jsonl")
 
     def read_data(self) -> None:
         """The records, and how examples of training and validation are made of them."""
@@ -196,10 +196,7 @@ class Run:
             if "validation_loss" in row:
                 row["validation_loss"] = row["validation_loss"].item()
         if self.accelerator.is_main_process:
-            file = self.options.output / "metrics.jsonl"
-            with file.open("a", encoding="utf-8") as lines:
-                lines.writelines(json.dumps(row) + "\n" for row in rows)
-            checkpoints.to_disk(file)
+            self.metrics.append(rows)
         bar.set_postfix(loss=f"{sum(means) / len(means):.4f}")
         if self.accelerator.scaler is None and not all(map(math.isfinite, means)):
             step = next(row["step"] for row in rows if not math.isfinite(row["loss"]))
@@ -279,17 +276,8 @@ class Run:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             self.step = state["step"]
         if self.accelerator.is_main_process:
-            self.forget_metrics()
+            self.metrics.forget_after(self.step)
         self.accelerator.wait_for_everyone()
-
-    def forget_metrics(self) -> None:
-        """Drop the lines of steps that are run again, and a last one that was cut off."""
-        file = self.options.output / "metrics.jsonl"
-        if file.is_file():
-            lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith("\n")]
-            kept = [line for line in whole if json.loads(line)["step"] <= self.step]
-            checkpoints.write_file(file, lambda path: path.write_text("".join(kept), encoding="utf-8"))
 
 
 def learning_rate(step: int, options: argparse.Namespace) -> float:
@@ -300,22 +288,6 @@ def learning_rate(step: int, options: argparse.Namespace) -> float:
         return options.learning_rate
     progress = (step - options.warmup_steps) / (options.steps - options.warmup_steps)
     return options.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def check_launch(accelerator: Accelerator, options: argparse.Namespace) -> None:
-    """Raise UsageError for settings of `accelerate launch` that this script has no answer to, or that are ignored."""
-    asked = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"]
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UsageError("--mixed-precision fp16: needs a GPU; bf16 runs on a CPU")
-    if int(os.environ.get("WORLD_SIZE", "1")) != accelerator.num_processes:
-        # each would train on its own, all into the same folder
-        raise UsageError("accelerate launched several processes and sees one: where there is no GPU, pass --cpu")
-    if "DEEPSPEED" in asked:
-        raise UsageError("DeepSpeed: its engine owns the optimizer, which checkpoints here do not know; DDP and FSDP2 work")
-    if "FSDP" in asked and accelerator.distributed_type != DistributedType.FSDP:
-        raise UsageError("FSDP: accelerate ignores it on this device or with one process")
-    if "FSDP" in asked and not accelerator.is_fsdp2:
-        raise UsageError("FSDP: needs version 2 (fsdp_version: 2); version 1 wants all parameters of a unit trained or none")
 
 
 def main(argv: list[str] | None = None) -> None:

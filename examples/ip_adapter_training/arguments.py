@@ -111,10 +111,11 @@ def share_of(arguments: argparse.Namespace, processes: int) -> int:
     if arguments.batch_size % parts:
         accumulation = arguments.gradient_accumulation_steps
         raise UsageError(
-            f"--batch-size {arguments.batch_size}: examples of all processes together; not a multiple of {processes} processes "
-            f"× {accumulation} accumulation steps = {parts}"
+            f"--batch-size {arguments.batch_size}: examples of all processes together; not a multiple of {parts}: {processes} "
+            f"processes with {accumulation} accumulation steps each"
         )
-    return arguments.batch_size // parts
+    share: int = arguments.batch_size // parts
+    return share
 
 
 def remembered(arguments: argparse.Namespace, data: str) -> dict[str, Any]:

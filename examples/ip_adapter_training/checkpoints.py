@@ -1,7 +1,7 @@
 """Checkpoints that a kill at any moment, or a loss of power, leaves whole: each is there completely or not at all.
 
-A checkpoint is a folder that is written under another name, brought to the disk and then renamed, which is atomic; one that goes is
-first renamed, too. What is found under another name than `checkpoint-N` is the rest of a process that was killed.
+A checkpoint is a folder that is written under another name, brought to the disk and then renamed, which is atomic; one that
+goes is first renamed, too. What is found under another name than `checkpoint-N` is the rest of a process that was killed.
 """
 
 import os

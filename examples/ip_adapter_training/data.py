@@ -1,8 +1,8 @@
 """Pictures with captions, and everything random about an example, as a function of the seed and of the example's number.
 
-The examples of a run are numbered: number n is the (n mod batch size)-th of step n // batch size. Which picture it is, its crop, its
-noise, its timestep and what it goes without follow from (seed, n) alone. So a batch is the same however many processes share
-it, and a run that is resumed needs no state of random generators.
+The examples of a run are numbered: number n is the (n mod batch size)-th of step n // batch size. Which picture it is, its
+crop, its noise, its timestep and what it goes without follow from (seed, n) alone. So a batch is the same however many processes
+share it, and a run that is resumed needs no state of random generators.
 """
 
 import functools
@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -133,7 +134,7 @@ class HubDataset:
         if not isinstance(image, Image.Image) or not isinstance(caption, str):
             raise UsageError(f"row {i} of --dataset: expected a picture and a string, got {type(image)} and {type(caption)}")
         if min(image.size) < self.smallest:
-            raise UsageError(f"row {i} of --dataset: {image.size[0]}×{image.size[1]} is below --resolution {self.smallest}")
+            raise UsageError(f"row {i} of --dataset: {image.size[0]} by {image.size[1]} is below --resolution {self.smallest}")
         return _upright(image), caption
 
 
@@ -213,9 +214,9 @@ class Examples(Dataset[dict[str, Any]]):
         noise = torch.randn(recipe.latent_shape, generator=random)
         posterior = torch.randn(recipe.latent_shape, generator=random)
         drop, left, top, flip = torch.rand(4, generator=random).tolist()
-        without_image, without_text, without_both = recipe.drops
-        drop_image = drop < without_image or without_image + without_text <= drop < sum(recipe.drops)
-        drop_text = without_image <= drop < sum(recipe.drops)
+        image_only, text_only, both = accumulate(recipe.drops)
+        drop_image = drop < image_only or text_only <= drop < both
+        drop_text = image_only <= drop < both
         pixels, time_ids = _crop(
             image,
             recipe.resolution,

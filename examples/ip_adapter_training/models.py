@@ -92,7 +92,7 @@ class Conditions:
         return text, pooled[0] if self.is_xl else None
 
     def _image(self, pixels: Tensor, drop: Tensor) -> Tensor:
-        """[B, 1 image, ...] as the pipeline passes it: the pooled embedding, or with a resampler the last but one hidden states.
+        """[B, 1 image, ...] as the pipeline passes it: the pooled embedding or, for a resampler, hidden states.
 
         A dropped image is what the pipeline's guidance takes: an embedding of zeros, or the hidden states of a black picture
         after normalisation, zeros too.
