@@ -138,6 +138,7 @@ train_ip_adapter.main(sys.argv[1:])
     assert any("in the middle" in line for line in process.stdout), "the process ended before its second checkpoint"
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+    process.stdout.close()
     assert [path.name for path in checkpoints.finished(tmp_path)] == ["checkpoint-00000004"]
     assert list(tmp_path.glob(".unfinished-*/state.pt")), "nothing was half written"
     assert [row["step"] for row in metrics(tmp_path)] == list(range(1, 9))
@@ -341,7 +342,7 @@ MISTAKES = {
     "metadata": (["--data", "{metadata}"], r'metadata.jsonl, line 2: expected {"file_name": ..., "text": ...}'),
     "missing": (["--data", "{missing}"], r"metadata.jsonl: 1 picture \(gone.png\) not there"),
     "broken": (["--data", "{broken}"], r"x.png: no picture that can be read"),
-    "small": (["--resolution", "44"], r"5 pictures \(blue.png, .*, ...\) smaller than --resolution 44"),
+    "small": (["--resolution", "44"], r"6 pictures \(blue.png, .*, ...\) smaller than --resolution 44"),
     "odd": (["--resolution", "31"], "--resolution 31: not a multiple of 2"),
     "batch": (["--gradient-accumulation-steps", "3"], "--batch-size 2: .* not a multiple of 3: 1 processes with 3"),
     "fp16": (["--mixed-precision", "fp16"], "--mixed-precision fp16: needs a GPU"),

@@ -49,7 +49,8 @@ def initial(unet: Any, kind: str, image_encoder: Any, tokens: int) -> Checkpoint
     for name in _cross_attentions(unet):
         attention = unet.get_submodule(name)
         tensors |= {f"{name}.processor.to_{part}_ip.0.weight": getattr(attention, f"to_{part}").weight for part in "kv"}
-    return to_checkpoint(unet, tensors)
+    # copies: diffusers makes parameters of the very tensors that it loads, and to_k and to_v stay as they are
+    return to_checkpoint(unet, {name: tensor.detach().clone() for name, tensor in tensors.items()})
 
 
 def install(pipe: Any, adapter: Checkpoint | Path) -> dict[str, nn.Parameter]:

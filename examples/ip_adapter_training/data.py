@@ -1,8 +1,8 @@
 """Pictures with captions, and everything random about an example, as a function of the seed and of the example's number.
 
-The examples of a run are numbered: number n is the (n mod batch size)-th of step n // batch size. Which picture it is,
-its crop, its noise, its timestep and what it goes without follow from (seed, n) alone. So a batch is the same however many processes
-share it, and a run that is resumed needs no state of random generators.
+The examples of a run are numbered: number n is the (n mod batch size)-th of step n // batch size. Which picture it is, its
+crop, its noise, its timestep and what it goes without follow from (seed, n) alone. So a batch is the same however many
+processes share it, and a run that is resumed needs no state of random generators.
 """
 
 import functools

@@ -8,6 +8,12 @@ from accelerate import Accelerator, DistributedType
 from .arguments import UsageError
 
 
+def refuse_deepspeed() -> None:
+    """Raise UsageError if `accelerate launch` was told to use DeepSpeed, before accelerate looks for it."""
+    if _asked("DEEPSPEED"):
+        raise UsageError("DeepSpeed: its engine owns the optimizer, whose state the checkpoints here cannot hold; FSDP works")
+
+
 def check(accelerator: Accelerator, options: argparse.Namespace) -> None:
     """Raise UsageError for settings that this script has no answer to, or that accelerate would ignore without a word."""
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
@@ -15,10 +21,6 @@ def check(accelerator: Accelerator, options: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) != accelerator.num_processes:
         # each would train on its own, all into the same folder
         raise UsageError("several processes were launched and accelerate sees one: where there is no GPU, pass --cpu")
-    if _asked("DEEPSPEED"):
-        raise UsageError(
-            "DeepSpeed: its engine owns the optimizer, whose state the checkpoints here cannot hold; DDP and FSDP work"
-        )
     if not _asked("FSDP"):
         return
     if accelerator.distributed_type != DistributedType.FSDP:
