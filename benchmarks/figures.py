@@ -24,6 +24,7 @@ TITLES = {
     "generation": "Once per generation",
     "host": "On the host",
     "growth": "Cost as work grows, counted without a GPU",
+    "training": "Forward and backward",
 }
 
 Document = dict[str, Any]
@@ -129,6 +130,32 @@ def unet_step(document: Document) -> list[str]:
     return parts
 
 
+def training(document: Document) -> list[str]:
+    """Forward and backward of the core and of a UNet step: time, bytes saved, peak, and stock's over ours."""
+    header = ["candidate", "ms (p20 to p80)", "MB saved for the backward", "peak MB", "notes"]
+    rows = []
+    for row in document["rows"]:
+        entries = row.get("candidates") or {"ipa_kernels": {"reason": row["reason"]}}
+        title = f"{row['case']['name']}, {row['wanted']}"
+        rows += [[title, name, *_figures(entry)] for name, entry in entries.items()]
+    parts = [_table(["case, gradients", *header], rows)] if rows else []
+    for name, model in document["models"].items():
+        lines = [[_checkpointing(row), row["candidate"], *_figures(row)] for row in model["rows"]]
+        parts += [f"### {name}, {document['dtype']}", _table(["", *header], lines)]
+        ratios = [[label, _number(ratio, 3)] for label, ratio in model["ratios"].items()]
+        parts.append(_table(["stock over ours", ""], ratios) if ratios else f"Ratios: {NOT_MEASURED}.")
+    return parts
+
+
+def _figures(entry: dict[str, Any]) -> list[str]:
+    megabytes = [_number(entry.get(kind), 1, 1e-6) for kind in ("saved_bytes", "peak_bytes")]
+    return [_milliseconds(entry.get("seconds")), *megabytes, entry.get("reason") or ""]
+
+
+def _checkpointing(row: dict[str, Any]) -> str:
+    return "checkpointing" if row["checkpointing"] else ""
+
+
 def generation(document: Document) -> list[str]:
     """Calls per generation, and cross-attention beyond to_q and to_out."""
     calls = document["small"]["calls per generation"]
@@ -169,6 +196,7 @@ def growth(document: Document) -> list[str]:
 
 SECTIONS = {
     "attention": attention, "sweep": sweep, "unet_step": unet_step, "generation": generation, "host": host, "growth": growth,
+    "training": training,
 }  # fmt: skip
 
 

@@ -67,6 +67,7 @@ def steps(device: str) -> list[Step]:
             _driver("generation", 60, device, "generation", "--rounds", "1", "--steps", "3", "--model"),
             _driver("host", 60, device, "host", "--rounds", "3", "--adapters", "one"),
             _driver("first_image", 90, device, "first_image", "--ways", "stock", "enabled"),
+            _driver("training", 60, device, "training", "--small", "--rounds", "3"),
         ]
     graphed = ("--modes", "eager", "graphed")
     compiled = ("--model", "sd15", "--modes", "compiled", "prepared", "--adapters", "none", "one", "--compile-seconds", "60")
@@ -80,6 +81,7 @@ def steps(device: str) -> list[Step]:
         _driver("host", 30, device, "host", "--rounds", "5"),
         _driver("generation", 60, device, "generation", "--rounds", "5", "--adapters", "one", "three masked"),
         _driver("first_image", 60, device, "first_image", "--ways", "stock", "enabled", "graphed"),
+        _driver("training", 90, device, "training", "--models", "sd15", "--rounds", "10"),
         _driver("unet_step_compiled", 110, device, "unet_step", *compiled),
     ]
 

@@ -105,12 +105,15 @@ class Candidate:
         return row
 
 
-def gate(actual: Tensor, expected: Tensor, truth: Tensor | None) -> dict[str, Any]:
-    """Whether an enabled step is as good as a stock one, and the numbers that say so; never where it is NaN."""
+def gate(actual: Tensor, expected: Tensor, truth: Tensor | None, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Whether an enabled step is as good as a stock one, and the numbers that say so; never where it is NaN.
+
+    dtype: in which it was computed, where the result has another.
+    """
     equal = torch.equal(actual, expected)
     if truth is None:
         distance = _rms(actual.double() - expected.double()) / _rms(expected.double())
-        bound = RELATIVE[actual.dtype]
+        bound = RELATIVE[dtype or actual.dtype]
         return {"within": equal or distance <= bound, "equal": equal, "relative to stock": distance, "bound": bound}
     ours, stock = _rms(actual.double() - truth), _rms(expected.double() - truth)
     return {"within": equal or ours <= SLACK * stock, "equal": equal, "rms": ours, "stock_rms": stock}

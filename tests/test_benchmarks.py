@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ipa_kernels
-from benchmarks import attention, figures, generation, gpu_day, host, peers, plots, sweeps, unet_models, unet_step
+from benchmarks import attention, figures, generation, gpu_day, host, peers, plots, sweeps, training, unet_models, unet_step
 from ipa_kernels import conditioning, decoupled_attention, reference, replay
 from ipa_kernels.cases import CASES
 
@@ -241,6 +241,80 @@ def test_the_unet_step_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert entered.count(False) == 4, "one generation for each enabled candidate"
     assert entered.count(True) == 4 * (steps - 1), "every other step is in the middle of it"
     assert "enabled with one / stock with no adapter" in capsys.readouterr().out
+
+
+def train(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    common = ["training", "--device", "cpu", "--small", "--rounds", "1", "--impl", "eager"]
+    monkeypatch.setattr("sys.argv", [*common, "--cases", "sdxl_1024_64x64_masked", *arguments])
+    return training.main()
+
+
+def test_the_training_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "training.json"
+    assert train(monkeypatch, "--models", "tiny", "--json", str(file)) == 0
+    document = json.loads(file.read_text())
+    adapter, everything = document["rows"]
+    assert list(adapter["gradients"]) == ["query", "image key 0", "image value 0"]
+    assert list(everything["gradients"])[3:] == ["key", "value"]
+    for row in (adapter, everything):
+        assert row["within"]
+        assert row["equal"], "eager attention on a CPU is stock's, bit for bit"
+        ours, stock = (row["candidates"][name] for name in ("ipa_kernels", "stock"))
+        assert ours["saved_bytes"] == stock["saved_bytes"] > 2 * row["query_bytes"], "the outputs of both branches"
+        assert ours["peak_bytes"] is None
+        assert row["ratios"]["seconds"] == stock["seconds"]["median"] / ours["seconds"]["median"]
+    rows = {(row["candidate"], row["checkpointing"]): row for row in document["models"]["tiny"]["rows"]}
+    assert len(rows) == 4
+    assert all(row["within"] for row in rows.values())
+    for name in ("stock", "ipa_kernels"):
+        assert rows[name, True]["saved_bytes"] < 0.5 * rows[name, False]["saved_bytes"]
+    assert "stock over ours: seconds" in capsys.readouterr().out
+    report = figures.report(figures.documents(tmp_path))
+    assert "| sdxl_1024_64x64_masked_small, adapter | ipa_kernels | " in report
+    assert "| checkpointing | stock | " in report
+
+
+@pytest.mark.parametrize("mistake", ["no gradient of the image keys", "a gradient that is off"])
+def test_a_wrong_gradient_is_not_timed(
+    mistake: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(query, key, value, image_keys, image_values, **options):
+        if mistake == "no gradient of the image keys":
+            image_keys = [image_key.detach() for image_key in image_keys]
+        else:
+            query = query + 1e-4 * (query - query.detach())
+        return decoupled_attention(query, key, value, image_keys, image_values, **options)
+
+    monkeypatch.setattr(training, "decoupled_attention", wrong)
+    monkeypatch.setattr(training, "interleaved", lambda *arguments: pytest.fail("timed behind a red gate"))
+    assert train(monkeypatch, "--models", "--wanted", "adapter") == 1
+    expected = "outside the error budget: query" if "off" in mistake else "RuntimeError: One of the differentiated"
+    assert f"not timed: {expected}" in capsys.readouterr().out
+
+
+def test_a_unet_with_wrong_gradients_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    right = training.Step.__call__
+
+    def wrong(step):
+        first, *others = right(step)
+        return (first * (1.01 if ipa_kernels.explain(step.unet).enabled else 1), *others)
+
+    monkeypatch.setattr(training.Step, "__call__", wrong)
+    file = tmp_path / "training.json"
+    arguments = ["--device", "cpu", "--rounds", "1", "--cases", "--models", "tiny", "--json", str(file)]
+    monkeypatch.setattr("sys.argv", ["training", *arguments])
+    assert training.main() == 1
+    rows = json.loads(file.read_text())["models"]["tiny"]["rows"]
+    assert [row["within"] for row in rows] == [True, False, True, False]
+    assert all("seconds" not in row for row in rows if row["candidate"] == "ipa_kernels")
+
+
+def test_saved_bytes_are_counted_once() -> None:
+    weight, inputs = torch.ones(100, requires_grad=True), torch.ones(100)
+    assert training.saved_bytes(lambda: (weight * inputs).sum(), []) == 400, "of a product with a constant, the constant"
+    assert training.saved_bytes(lambda: (weight * inputs).sum(), [inputs.untyped_storage().data_ptr()]) == 0
+    assert training.saved_bytes(lambda: (weight.exp() * 2).square().sum(), []) == 800, "exp and square keep one each"
+    assert training.saved_bytes(lambda: weight.exp().square().sum(), []) == 400, "both keep the same"
 
 
 @pytest.mark.parametrize("mistake", ["off by a thousandth", "another scale", "no adapter"])
