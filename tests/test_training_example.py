@@ -71,6 +71,26 @@ def environment() -> dict[str, str]:
     return os.environ | quiet | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}{os.pathsep}{SCRIPT.parent}"}
 
 
+def launched(arguments: list[str]) -> str:
+    """What a launcher and its processes print; none of them outlives the test."""
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+    try:
+        printed, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        printed, _ = process.communicate()
+        pytest.fail(f"still running: {printed}")
+    assert process.returncode == 0, printed
+    return printed
+
+
 @pytest.fixture(scope="module")
 def stock(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter trained with diffusers' own attention; pictures and validation loss every 50 steps."""
@@ -212,15 +232,38 @@ def _kill_at(moment: int, work: Any) -> None:
 def test_two_processes_compute_what_one_does(pictures: Path, stock: Path, tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    done = subprocess.run(
-        [*launch, str(SCRIPT), *command(pictures, tmp_path)], capture_output=True, text=True, env=environment(), timeout=120
-    )
-    assert done.returncode == 0, done.stderr
+    launched([*launch, str(SCRIPT), *command(pictures, tmp_path)])
     together, alone = losses(metrics(tmp_path)), losses(metrics(stock))[:8]
     assert together != alone, "two processes sum in another order: were there two?"
     # a first step of Adam turns the rounding of a gradient near 0 into a step of the learning rate
     assert together[0] == pytest.approx(alone[0], rel=1e-6)
     assert together == pytest.approx(alone, rel=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_shards_compute_what_one_process_does(pictures: Path, stock: Path, tmp_path: Path) -> None:
+    """FSDP, forced on CPUs: sharded, resumed as one process, validated with pictures, in bfloat16 with checkpointing."""
+    config = ["--config_file", str(SCRIPT.with_name("fsdp.yaml")), "--num_processes", "2", "--main_process_port", "0"]
+    driver = Path(__file__).with_name("fsdp_on_cpu.py")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *config, str(driver)]
+
+    def run(output: Path, *more: str) -> list[float]:
+        printed = launched([*launch, *command(pictures, output, *more)])
+        shards = [int(count) for count in re.findall(r"shards: (\d+)", printed)]
+        assert len(shards) == 2
+        assert min(shards) > 100, "nothing was sharded"
+        return losses(metrics(output))
+
+    one = losses(metrics(stock))[:8]
+    reference = ["--validation-image", str(pictures / "red.png"), "--validation-inference-steps", "2"]
+    sharded = run(tmp_path / "a", "--mixed-precision", "no", "--checkpoint-every", "4", *reference)
+    assert sharded == pytest.approx(one, rel=2e-4)
+    assert (tmp_path / "a" / "validation" / "step-00000008.png").is_file()
+    (tmp_path / "a" / "checkpoint-00000008").rename(tmp_path / "a" / ".removed-checkpoint-00000008")
+    assert losses(train(pictures, tmp_path / "a", "--resume")) == pytest.approx(one, rel=2e-4)
+    half = run(tmp_path / "b", "--gradient-checkpointing")
+    assert half == pytest.approx(one, rel=1e-2)
 
 
 def test_accumulated_parts_are_the_batch(pictures: Path, stock: Path, tmp_path: Path) -> None:
