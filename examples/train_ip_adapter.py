@@ -54,10 +54,10 @@ class Run:
         self.share = arguments.share_of(options, accelerator.num_processes)
         self.dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
-        # the only numbers that are drawn from the global generator are the first weights of the projection
-        set_seed(options.seed)
         self.pipe = pipe = models.load(options)
         self.unet = pipe.unet
+        # nothing but the first weights of the projection is drawn from the global generator
+        set_seed(options.seed)
         first = options.init_adapter or adapter.initial(self.unet, options.adapter, pipe.image_encoder, options.tokens)
         self.parameters = adapter.install(pipe, first)
         models.place(pipe, list(self.parameters.values()), accelerator.device, self.dtype)
