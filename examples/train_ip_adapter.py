@@ -70,6 +70,9 @@ class Run:
             self.report = ipa_kernels.enable(self.unet, impl=options.impl)
 
         self.read_data()
+        for picture in options.validation_image:
+            # now, not when it is needed
+            data.read_picture(picture)
         optimizer = torch.optim.AdamW(self.parameters.values(), lr=options.learning_rate, weight_decay=options.weight_decay)
         self.model, self.optimizer = accelerator.prepare(self.unet, optimizer)
         # FSDP puts others in their place

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,17 @@ STEPS = 200
 PROMPT = "a ball"
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+@pytest.fixture(autouse=True)
+def no_trace() -> Iterator[None]:
+    """What accelerate keeps in the process and in its environment is gone after each test."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")
@@ -410,6 +422,10 @@ MISTAKES = {
     "batch": (["--gradient-accumulation-steps", "3"], "--batch-size 2: .* not a multiple of 3: 1 processes with 3"),
     "fp16": (["--mixed-precision", "fp16"], "--mixed-precision fp16: needs a GPU"),
     "model": (["--model", "/nowhere"], "--model /nowhere: "),
+    "picture": (["--validation-image", "{broken}/x.png"], "x.png: no picture that can be read"),
+    "adapter": (["--init-adapter", "{broken}/x.bin"], "--init-adapter .*x.bin: "),
+    "kind": (["--init-adapter", "{broken}/full.bin"], "full.bin: a IPAdapterFullImageProjection; base and plus"),
+    "encoder": (["--init-adapter", "{broken}/wide.bin"], "wide.bin: made for embeddings of 48 channels, .* gives 32"),
 }
 
 
@@ -424,6 +440,13 @@ def test_mistakes_are_named(mistake: str, pictures: Path, tmp_path: Path) -> Non
     (places["missing"] / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}\n')
     (places["broken"] / "x.png").write_text("no picture")
     (places["broken"] / "x.txt").write_text("x")
+    unet = tiny.stable_diffusion_xl().unet
+    wide = tiny.base_adapter(unet, image_dim=48)
+    torch.save(wide, places["broken"] / "wide.bin")
+    square, line = torch.zeros(64, 64), torch.zeros(64)
+    full = {f"proj.{i}.weight": square for i in (0, 2)} | {f"proj.{i}.bias": line for i in (0, 2)}
+    full |= {"proj.3.weight": line, "proj.3.bias": line}
+    torch.save(wide | {"image_proj": full}, places["broken"] / "full.bin")
     options, message = MISTAKES[mistake]
     given = command(pictures, tmp_path / "out", *(option.format(**places) for option in options))
     if "--model" in given:
@@ -432,6 +455,18 @@ def test_mistakes_are_named(mistake: str, pictures: Path, tmp_path: Path) -> Non
     with pytest.raises(SystemExit, match=rf"^error: .*{message}"):
         train_ip_adapter.main(given)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = train_ip_adapter.Run.loss
+
+    def diverges(run: Any, batch: dict[str, Any]) -> torch.Tensor:
+        return loss(run, batch) * (float("nan") if run.step == 4 else 1)
+
+    monkeypatch.setattr(train_ip_adapter.Run, "loss", diverges)
+    with pytest.raises(SystemExit, match="the loss is not finite at step 5"):
+        train(pictures, tmp_path, "--checkpoint-every", "3")
+    assert [path.name for path in checkpoints.finished(tmp_path)] == ["checkpoint-00000003"]
 
 
 def test_a_run_goes_on_with_what_it_began_with(pictures: Path, stock: Path) -> None:

@@ -15,6 +15,8 @@ from diffusers.models.embeddings import ImageProjection, IPAdapterPlusImageProje
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .arguments import UsageError
+
 Checkpoint = dict[str, dict[str, Tensor]]
 
 _PROJECTION = "encoder_hid_proj.image_projection_layers.0."
@@ -57,7 +59,11 @@ def install(pipe: Any, adapter: Checkpoint | Path) -> dict[str, nn.Parameter]:
     """Load an adapter as any pipeline does; the UNet is frozen but for it. Returns the adapter's parameters by their names."""
     options = {"image_encoder_folder": None, "subfolder": ""}
     if isinstance(adapter, Path):
-        pipe.load_ip_adapter(str(adapter.parent), weight_name=adapter.name, **options)
+        try:
+            pipe.load_ip_adapter(str(adapter.parent), weight_name=adapter.name, **options)
+        except Exception as error:  # of files, pickles and shapes, each with errors of its own
+            raise UsageError(f"--init-adapter {adapter}: {error}") from error
+        _check(pipe, adapter)
     else:
         pipe.load_ip_adapter(adapter, weight_name="", **options)
     pipe.unet.requires_grad_(False)
@@ -65,6 +71,20 @@ def install(pipe: Any, adapter: Checkpoint | Path) -> dict[str, nn.Parameter]:
     return {
         name: parameter.requires_grad_(True) for name, parameter in pipe.unet.named_parameters() if name.startswith(prefixes)
     }
+
+
+def _check(pipe: Any, file: Path) -> None:
+    """Raise UsageError unless a file held an adapter of a kind that is trained here, for this image encoder."""
+    projection = pipe.unet.encoder_hid_proj.image_projection_layers[0]
+    config = pipe.image_encoder.config
+    if isinstance(projection, ImageProjection):
+        takes, gives = projection.image_embeds.in_features, config.projection_dim
+    elif isinstance(projection, IPAdapterPlusImageProjection):
+        takes, gives = projection.proj_in.in_features, config.hidden_size
+    else:
+        raise UsageError(f"--init-adapter {file}: a {type(projection).__name__}; base and plus adapters are trained here")
+    if takes != gives:
+        raise UsageError(f"--init-adapter {file}: made for embeddings of {takes} channels, the image encoder gives {gives}")
 
 
 def to_checkpoint(unet: Any, tensors: Mapping[str, Tensor]) -> Checkpoint:

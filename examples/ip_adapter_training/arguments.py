@@ -52,7 +52,7 @@ def parse(argv: list[str] | None, description: str) -> argparse.Namespace:
     group.add_argument("--drop-image", type=fraction, default=0.05, help="of the examples go without image (default: 0.05)")
     group.add_argument("--drop-text", type=fraction, default=0.05, help="without caption (default: 0.05)")
     group.add_argument("--drop-both", type=fraction, default=0.05, help="without either (default: 0.05)")
-    group.add_argument("--workers", type=int, default=0, help="processes that read pictures, for each training process")
+    group.add_argument("--workers", type=natural, default=0, help="processes that read pictures, for each training process")
 
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=positive, default=100_000, help="of the optimizer (default: %(default)s)")
@@ -67,7 +67,7 @@ def parse(argv: list[str] | None, description: str) -> argparse.Namespace:
     )
     group.add_argument("--learning-rate", type=float, default=1e-4, help="of AdamW (default: %(default)s)")
     group.add_argument("--schedule", choices=["constant", "cosine"], default="constant", help="cosine ends at 0")
-    group.add_argument("--warmup-steps", type=int, default=0, help="in which the learning rate rises to its value")
+    group.add_argument("--warmup-steps", type=natural, default=0, help="in which the learning rate rises to its value")
     group.add_argument("--weight-decay", type=float, default=1e-2, help="of AdamW (default: %(default)s)")
     group.add_argument("--max-grad-norm", type=float, default=1.0, help="longer gradients are shortened to it (default: 1)")
     group.add_argument("--ema-decay", type=fraction, help="keep a moving average of the weights, 0.999 say; off by default")
@@ -93,7 +93,9 @@ def parse(argv: list[str] | None, description: str) -> argparse.Namespace:
         "--log-every", type=positive, default=10, help="steps; every step's loss is written (default: %(default)s)"
     )
     group.add_argument("--validate-every", type=positive, default=1000, help="steps (default: %(default)s)")
-    group.add_argument("--validation-samples", type=int, default=16, help="in the validation loss; 0 for none (default: 16)")
+    group.add_argument(
+        "--validation-samples", type=natural, default=16, help="in the validation loss; 0 for none (default: 16)"
+    )
     group.add_argument("--validation-prompt", default="", help="of the pictures")
     group.add_argument("--validation-image", type=Path, action="append", default=[], help="a picture for each; may be repeated")
     group.add_argument("--validation-inference-steps", type=positive, default=30, help="(default: %(default)s)")
@@ -143,6 +145,14 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def natural(text: str) -> int:
+    """An integer, 0 or above."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {value}")
     return value
 
 
