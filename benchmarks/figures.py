@@ -137,7 +137,8 @@ def training(document: Document) -> list[str]:
     for row in document["rows"]:
         entries = row.get("candidates") or {"ipa_kernels": {"reason": row["reason"]}}
         title = f"{row['case']['name']}, {row['wanted']}"
-        rows += [[title, name, *_figures(entry)] for name, entry in entries.items()]
+        why = {"ipa_kernels": {"why not the kernel": row.get("why not the kernel", [])}}
+        rows += [[title, name, *_figures(why.get(name, {}) | entry)] for name, entry in entries.items()]
     parts = [_table(["case, gradients", *header], rows)] if rows else []
     for name, model in document["models"].items():
         lines = [[_checkpointing(row), row["candidate"], *_figures(row)] for row in model["rows"]]
@@ -149,7 +150,8 @@ def training(document: Document) -> list[str]:
 
 def _figures(entry: dict[str, Any]) -> list[str]:
     megabytes = [_number(entry.get(kind), 1, 1e-6) for kind in ("saved_bytes", "peak_bytes")]
-    return [_milliseconds(entry.get("seconds")), *megabytes, entry.get("reason") or ""]
+    notes = "; ".join(filter(None, [entry.get("reason"), *entry.get("why not the kernel", [])]))
+    return [_milliseconds(entry.get("seconds")), *megabytes, notes]
 
 
 def _checkpointing(row: dict[str, Any]) -> str:

@@ -30,6 +30,8 @@ import ipa_kernels
 from ipa_kernels import decoupled_attention, reference
 from ipa_kernels.cases import CASES, Case
 from ipa_kernels.measure import first_line, interleaved, machine_facts
+from ipa_kernels.ops.arguments import check_arguments
+from ipa_kernels.ops.decoupled_attention import choose
 
 from .peers import sdpa, stock_order
 from .unet_models import MODELS, Inputs, Model, build, clone, load
@@ -72,6 +74,14 @@ class Core:
         other.cotangent = self.cotangent.double()
         return other
 
+    def plan(self, impl: str) -> tuple[str, list[str]]:
+        """What ours runs, and why not the kernel."""
+        n = self.images
+        query, keys, values = self.tensors[0], self.tensors[1 : n + 1], self.tensors[n + 1 : 2 * n + 1]
+        return choose(
+            check_arguments(query, *self.tensors[2 * n + 1 :], keys, values, self.scales, self.masks, None, None), impl
+        )
+
     def forward(self, name: str, impl: str = "auto") -> Tensor:
         """[B, M, H·D]."""
         n = self.images
@@ -100,6 +110,7 @@ def measure_core(case: Case, wanted: str, dtype: torch.dtype, device: torch.devi
     row: dict[str, Any] = {"case": asdict(case), "wanted": wanted, "query_bytes": _bytes(core.tensors[0])}
     runs: dict[str, Backward] = {OURS: lambda: core.gradients(OURS, impl), STOCK: lambda: core.gradients(STOCK)}
     try:
+        row["ran"], row["why not the kernel"] = core.plan(impl)
         ours, stock = runs[OURS](), runs[STOCK]()
     except Exception as error:  # what cannot run is a result
         return row | {"within": False, "reason": first_line(error)}
@@ -327,7 +338,8 @@ def _core_lines(row: dict[str, Any]) -> str:
     if not row["within"]:
         return "\n".join([*lines, f"  not timed: {row['reason']}"])
     for name, entry in row["candidates"].items():
-        lines.append(f"  {name:12} {_figures(entry)}  ({entry['saved_bytes'] / query:.2f} times the query)")
+        notes = "; ".join(row["why not the kernel"]) if name == OURS else ""
+        lines.append(f"  {name:12} {_figures(entry)}  ({entry['saved_bytes'] / query:.2f} times the query)  {notes}".rstrip())
     return "\n".join([*lines, _ratio_line(row["ratios"])])
 
 

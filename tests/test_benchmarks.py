@@ -259,6 +259,7 @@ def test_the_training_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     for row in (adapter, everything):
         assert row["within"]
         assert row["equal"], "eager attention on a CPU is stock's, bit for bit"
+        assert (row["ran"], row["why not the kernel"]) == ("eager", ['impl="eager"'])
         ours, stock = (row["candidates"][name] for name in ("ipa_kernels", "stock"))
         assert ours["saved_bytes"] == stock["saved_bytes"] > 2 * row["query_bytes"], "the outputs of both branches"
         assert ours["peak_bytes"] is None
