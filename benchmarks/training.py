@@ -74,19 +74,20 @@ class Core:
         other.cotangent = self.cotangent.double()
         return other
 
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """Query, key, value, image keys, image values."""
+        n = self.images
+        key, value = self.tensors[2 * n + 1 :]
+        return self.tensors[0], key, value, self.tensors[1 : n + 1], self.tensors[n + 1 : 2 * n + 1]
+
     def plan(self, impl: str) -> tuple[str, list[str]]:
         """What ours runs, and why not the kernel."""
-        n = self.images
-        query, keys, values = self.tensors[0], self.tensors[1 : n + 1], self.tensors[n + 1 : 2 * n + 1]
-        return choose(
-            check_arguments(query, *self.tensors[2 * n + 1 :], keys, values, self.scales, self.masks, None, None), impl
-        )
+        query, key, value, keys, values = self.arguments()
+        return choose(check_arguments(query, key, value, keys, values, self.scales, self.masks, None, None), impl)
 
     def forward(self, name: str, impl: str = "auto") -> Tensor:
         """[B, M, H·D]."""
-        n = self.images
-        query, keys, values = self.tensors[0], self.tensors[1 : n + 1], self.tensors[n + 1 : 2 * n + 1]
-        key, value = self.tensors[2 * n + 1 :]
+        query, key, value, keys, values = self.arguments()
         if name == STOCK:
             width = self.cotangent.shape[-1]
             masks = [mask if mask is None else mask[..., None].expand(query.shape[0], -1, width) for mask in self.masks]
