@@ -1,5 +1,9 @@
 """The op under a compiler, an exporter and fake tensors: one node, any sizes, the same values."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -145,3 +149,14 @@ def test_what_the_kernel_cannot_run_is_told_while_tracing() -> None:
         compiled(*inputs, 0.5, None, "triton")
     assert compiled(*inputs, 0.5, None, "auto").dtype == torch.float64
     assert issubclass(ipa_kernels.UnsupportedError, ValueError)
+
+
+def test_a_graph_for_a_gpu_that_is_not_there() -> None:
+    """Traced with fake CUDA tensors; the kernel of its node is compiled. Inductor's own code needs a torch built for CUDA."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.compiled_for_cuda"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert (result["output"], result["wgmma"]) == ("cuda:0", True)
+    assert "not linked with support for cuda" in result["inductor"] or result["inductor"] == "compiled"

@@ -139,7 +139,7 @@ def _check_scales(scales: float | Sequence[float] | Tensor, n: int, query: Tenso
             )
         if scales.device != query.device and scales.device.type != "cpu":
             raise ValueError(f"image_scales: expected the device of query ({query.device}) or the CPU, got {scales.device}")
-        return scales if scales.ndim == 2 else scales[None]
+        return scales if scales.ndim == 2 else scales.unsqueeze(0)
     if isinstance(scales, Real):
         return (float(scales),) * n
     if not isinstance(scales, Sequence) or not all(isinstance(s, Real) for s in scales):
@@ -173,7 +173,7 @@ def _check_mask(name: str, mask: Tensor | None, query: Tensor) -> Tensor | None:
         raise ValueError(f"{name}: expected a floating dtype, got {mask.dtype}")
     if mask.device != query.device:
         raise ValueError(f"{name}: expected the device of query ({query.device}), got {mask.device}")
-    return mask if mask.ndim == 2 else mask[None]
+    return mask if mask.ndim == 2 else mask.unsqueeze(0)
 
 
 def _check_attn_mask(attn_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
