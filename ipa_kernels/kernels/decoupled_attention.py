@@ -11,6 +11,7 @@ from .tiles import (
     add_scaled_rows,
     exp2_scaled,
     load_rows,
+    of_head,
     scale_rows,
     scale_tiles,
     score_keys,
@@ -26,7 +27,7 @@ from .tiles import (
 
 
 @triton.jit
-def _probabilities(
+def probabilities(
     q, k_base, k_stride, qk_scale,
     HEAD_DIM: tl.constexpr, LENGTH: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +114,7 @@ def _text(
 ):  # fmt: skip
     """softmax(...)·V of the text; LENGTH is its number of keys where it is held whole, 0 where it is looped over."""
     if LENGTH > 0:
-        p, row_sum = _probabilities(q, k_base, k_stride, qk_scale, HEAD_DIM, LENGTH, BLOCK_M, PRECISION)
+        p, row_sum = probabilities(q, k_base, k_stride, qk_scale, HEAD_DIM, LENGTH, BLOCK_M, PRECISION)
         acc = _weigh(zero_rows(HEAD_DIM, BLOCK_M), p, v_base, v_stride, HEAD_DIM, LENGTH, PRECISION)
     else:
         acc, row_sum = _attend_looped(
@@ -136,7 +137,7 @@ def _add_image(
         return add_scaled_rows(acc, image, _factor(weight, mask, row_sum))
     else:
         # the factor is folded into p, so that one accumulator holds the sum of all branches
-        p, row_sum = _probabilities(q, k_base, k_stride, qk_scale, HEAD_DIM, LENGTH, BLOCK_M, PRECISION)
+        p, row_sum = probabilities(q, k_base, k_stride, qk_scale, HEAD_DIM, LENGTH, BLOCK_M, PRECISION)
         if v_base.dtype.element_ty != tl.float16:
             p = scale_rows(p, _factor(weight, mask, row_sum))
             return _weigh(acc, p, v_base, v_stride, HEAD_DIM, LENGTH, PRECISION)
@@ -178,12 +179,6 @@ def _factor(weight, mask, row_sum):
 
 
 @triton.jit
-def _of_head(pointer, strides, batch, head, VECTOR: tl.constexpr):
-    """Where a head begins; batch and head are int64, strides of batch, head and row in units of VECTOR elements, 16 bytes."""
-    return pointer + (batch * strides[0] + head * strides[1]) * VECTOR
-
-
-@triton.jit
 def decoupled_attention_kernel(
     out_ptr, q_ptr, k_ptrs, v_ptrs, scale_ptr, mask_ptrs,
     q_strides, k_strides, v_strides, scale_stride, mask_strides,
@@ -199,11 +194,11 @@ def decoupled_attention_kernel(
     rows = tl.arange(0, BLOCK_M)
     in_range = rows < q_len - first
 
-    q_base = _of_head(q_ptr, q_strides, batch, head, VECTOR) + first * q_strides[2] * VECTOR
+    q_base = of_head(q_ptr, q_strides, batch, head, VECTOR) + first * q_strides[2] * VECTOR
     q = load_rows(q_base, q_strides[2] * VECTOR, in_range, HEAD_DIM, BLOCK_M, False)
 
     acc = _text(
-        q, _of_head(k_ptrs[0], k_strides[0], batch, head, VECTOR), _of_head(v_ptrs[0], v_strides[0], batch, head, VECTOR),
+        q, of_head(k_ptrs[0], k_strides[0], batch, head, VECTOR), of_head(v_ptrs[0], v_strides[0], batch, head, VECTOR),
         k_strides[0][2] * VECTOR, v_strides[0][2] * VECTOR, lengths[0], qk_scale,
         HEAD_DIM, LENGTHS[0], RESTS[0], BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
@@ -218,7 +213,7 @@ def decoupled_attention_kernel(
                 mask = tl.load(mask_base + rows, mask=in_range, other=0.0).to(tl.float32)
             acc = _add_image(
                 acc, q,
-                _of_head(k_ptrs[i], k_strides[i], batch, head, VECTOR), _of_head(v_ptrs[i], v_strides[i], batch, head, VECTOR),
+                of_head(k_ptrs[i], k_strides[i], batch, head, VECTOR), of_head(v_ptrs[i], v_strides[i], batch, head, VECTOR),
                 k_strides[i][2] * VECTOR, v_strides[i][2] * VECTOR, lengths[i], qk_scale, weight, mask,
                 HEAD_DIM, LENGTHS[i], RESTS[i], BLOCK_M, BLOCK_N, PRECISION,
             )  # fmt: skip

@@ -34,22 +34,22 @@ class Launch:
     ) -> None:
         batch, heads, queries, head_dim = shape
         self.shape, self.dtype, self.device = shape, keys[0].dtype, keys[0].device
-        dtype = _name(self.dtype)
+        dtype = dtype_name(self.dtype)
         lengths = tuple(key.shape[2] for key in keys)
-        self.variant = variant(dtype, head_dim, lengths, tuple(m if m is None else _name(m.dtype) for m in masks), tf32, config)
+        self.variant = variant(dtype, head_dim, lengths, tuple(m if m is None else dtype_name(m.dtype) for m in masks), tf32, config)
         self._vector = vector(dtype)
         self._grid = (heads * triton.cdiv(queries, config.block_m), batch, 1)
         self._packed = (queries * heads * head_dim // self._vector, head_dim // self._vector, heads * head_dim // self._vector)
         self._compiled: Any = decoupled_attention_kernel if INTERPRETED else None
 
-        keys = tuple(_readable(key, self._vector) for key in keys)
-        values = tuple(_readable(value, self._vector) for value in values)
+        keys = tuple(readable(key, self._vector) for key in keys)
+        values = tuple(readable(value, self._vector) for value in values)
         scales = scales if scales is None or scales.stride(1) == 1 else scales.contiguous()
         masks = tuple(mask if mask is None or mask.stride(1) == 1 else mask.contiguous() for mask in masks)
         self._before = (keys, values, scales, masks)
         self._after = (
-            tuple(_strides(key, batch, self._vector) for key in keys),
-            tuple(_strides(value, batch, self._vector) for value in values),
+            tuple(strides_of(key, batch, self._vector) for key in keys),
+            tuple(strides_of(value, batch, self._vector) for value in values),
             0 if scales is None or scales.shape[0] < batch else scales.stride(0),
             tuple(0 if mask is None or mask.shape[0] < batch else mask.stride(0) for mask in masks),
             heads,
@@ -64,8 +64,8 @@ class Launch:
         _check_shape(query.shape, self.shape)
         batch, heads, queries, head_dim = self.shape
         out = torch.empty((batch, queries, heads, head_dim), dtype=self.dtype, device=self.device)
-        query = _readable(query, self._vector)
-        self._launch(out, query, _strides(query, batch, self._vector))
+        query = readable(query, self._vector)
+        self._launch(out, query, strides_of(query, batch, self._vector))
         return out.transpose(1, 2)
 
     def packed(self, query: Tensor) -> Tensor:
@@ -101,11 +101,11 @@ def _check_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
         raise ValueError(f"query: expected the shape {list(expected)} that the launch was made for, got {list(shape)}")
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _readable(tensor: Tensor, vector: int) -> Tensor:
+def readable(tensor: Tensor, vector: int) -> Tensor:
     """The tensor, or a packed copy where its base or its strides are not multiples of 16 bytes or overflow 32 bits."""
     if tensor.data_ptr() % 16 == 0:
         batch, heads, rows, last = tensor.stride()
@@ -115,7 +115,7 @@ def _readable(tensor: Tensor, vector: int) -> Tensor:
     return tensor.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
-def _strides(tensor: Tensor, batch: int, vector: int) -> tuple[int, int, int]:
+def strides_of(tensor: Tensor, batch: int, vector: int) -> tuple[int, int, int]:
     """Strides of batch, head and row in units of 16 bytes; that of a shared batch is 0."""
     strides = tensor.stride()
     return (strides[0] // vector if tensor.shape[0] == batch else 0, strides[1] // vector, strides[2] // vector)

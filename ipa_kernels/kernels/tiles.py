@@ -92,17 +92,25 @@ def store_rows(base, row_stride, in_range, tiles, HEAD_DIM: tl.constexpr, ROWS: 
 
 
 @triton.jit
+def multiply_rows(
+    a, base, row_stride, left, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ALL: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """a·Bᵗ [M, WIDTH], float32, of the rows B at `base`; 0 from row `left` on, unless ALL exist."""
+    b = load_rows(base, row_stride, tl.arange(0, WIDTH) < left, HEAD_DIM, WIDTH, ALL)
+    products = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
+    for d in tl.static_range(1, tile_count(HEAD_DIM)):
+        products = tl.dot(a[d], tl.trans(b[d]), products, input_precision=PRECISION)
+    return products
+
+
+@triton.jit
 def score_keys(
     q, k_base, k_stride, left, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ALL: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """Scores [M, WIDTH] of the keys at `k_base`, unscaled, float32; -inf from `left` on, unless ALL exist."""
-    exist = tl.arange(0, WIDTH) < left
-    k = load_rows(k_base, k_stride, exist, HEAD_DIM, WIDTH, ALL)
-    scores = tl.dot(q[0], tl.trans(k[0]), input_precision=PRECISION)
-    for d in tl.static_range(1, tile_count(HEAD_DIM)):
-        scores = tl.dot(q[d], tl.trans(k[d]), scores, input_precision=PRECISION)
+    scores = multiply_rows(q, k_base, k_stride, left, HEAD_DIM, WIDTH, ALL, PRECISION)
     if not ALL:
-        scores = tl.where(exist[None, :], scores, float("-inf"))
+        scores = tl.where((tl.arange(0, WIDTH) < left)[None, :], scores, float("-inf"))
     return scores
 
 
@@ -112,10 +120,22 @@ def weigh_values(
 ):  # fmt: skip
     """acc + p·V over the values at `v_base`, as a tuple of tiles [M, D_d]; p [M, WIDTH] is rounded to the type of V."""
     v = load_rows(v_base, v_stride, tl.arange(0, WIDTH) < left, HEAD_DIM, WIDTH, ALL)
+    return weigh_rows(acc, p.to(v_base.dtype.element_ty), v, HEAD_DIM, PRECISION)
+
+
+@triton.jit
+def weigh_rows(acc, weights, rows, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + weights·rows, as a tuple of tiles [M, D_d]; weights [M, N] of the type of the rows."""
     out = ()
     for d in tl.static_range(tile_count(HEAD_DIM)):
-        out = out + (tl.dot(p.to(v[d].dtype), v[d], acc[d], input_precision=PRECISION),)
+        out = out + (tl.dot(weights, rows[d], acc[d], input_precision=PRECISION),)
     return out
+
+
+@triton.jit
+def of_head(pointer, strides, batch, head, VECTOR: tl.constexpr):
+    """Where a head begins; batch and head are int64, strides of batch, head and row in units of VECTOR elements, 16 bytes."""
+    return pointer + (batch * strides[0] + head * strides[1]) * VECTOR
 
 
 @triton.jit

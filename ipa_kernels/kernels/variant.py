@@ -5,6 +5,7 @@ counted, without a GPU. What the kernel relies on instead (`launch` sees to it):
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import triton
 from triton.compiler import ASTSource
@@ -13,6 +14,9 @@ from .decoupled_attention import decoupled_attention_kernel
 from .launch_table import LaunchConfig
 
 POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
+
+UNALIGNED = ("scale_ptr", "mask_ptrs", "delta_ptrs")
+"""Pointers that are read and written a number at a time."""
 
 INTERPRETED = not isinstance(decoupled_attention_kernel, triton.runtime.JITFunction)
 """Whether TRITON_INTERPRET=1 was set when this module was imported: kernels then run on the CPU, in numpy."""
@@ -77,12 +81,16 @@ def variant(
 
 def source(variant: Variant) -> ASTSource:
     """The kernel with the types of its arguments, for `triton.compile`."""
-    branches = variant.branches
-    n = len(branches)
-    masks = tuple(branch.mask for branch in branches[1:])
+    return source_of(decoupled_attention_kernel, variant, {"out_ptr": POINTERS[variant.dtype]})
+
+
+def source_of(kernel: Any, variant: Variant, own: dict[str, object]) -> ASTSource:
+    """The source of a kernel that takes what the forward takes, and arguments of its `own` types; "constexpr" is a None."""
+    n = len(variant.branches)
+    masks = tuple(branch.mask for branch in variant.branches[1:])
     pointer = POINTERS[variant.dtype]
-    signature: dict[str, object] = {
-        "out_ptr": pointer,
+    types: dict[str, object] = {
+        **own,
         "q_ptr": pointer,
         "k_ptrs": (pointer,) * n,
         "v_ptrs": (pointer,) * n,
@@ -97,14 +105,17 @@ def source(variant: Variant) -> ASTSource:
         "q_len": "i32",
         "lengths": ("i32",) * n,
         "qk_scale": "fp32",
+        **dict.fromkeys(variant.constants, "constexpr"),
     }
-    position = {name: i for i, name in enumerate(decoupled_attention_kernel.arg_names)}
-    constants: dict[tuple[int, ...], object] = {(position[name],): value for name, value in variant.constants.items()}
-    signature |= dict.fromkeys(variant.constants, "constexpr")
-    if n == 1:
-        constants[(position["scale_ptr"],)] = None
-    constants |= {(position["mask_ptrs"], i): None for i, mask in enumerate(masks) if mask is None}
-    aligned: list[tuple[int, ...]] = [(position["out_ptr"],), (position["q_ptr"],)]
-    aligned += [(position[name], i) for name in ("k_ptrs", "v_ptrs") for i in range(n)]
-    attributes = {place: [["tt.divisibility", 16]] for place in aligned}
-    return ASTSource(fn=decoupled_attention_kernel, signature=signature, constexprs=constants, attrs=attributes)
+    signature = {name: types[name] for name in kernel.arg_names}
+    constants: dict[tuple[int, ...], object] = {}
+    attributes: dict[tuple[int, ...], object] = {}
+    for place, name in enumerate(signature):
+        kind = signature[name]
+        for i, leaf in enumerate(kind) if isinstance(kind, tuple) else ((None, kind),):
+            path = (place,) if i is None else (place, i)
+            if leaf == "constexpr":
+                constants[path] = variant.constants.get(name)
+            elif str(leaf).startswith("*") and name not in UNALIGNED:
+                attributes[path] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)

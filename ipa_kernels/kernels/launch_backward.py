@@ -1,0 +1,106 @@
+"""Launch the backward kernel, and sum what its programs computed. Nothing is validated: see `ops`.
+
+Sums are taken by torch, in an order that the shapes settle: no atomics, the same bits every time.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from .decoupled_attention_backward import decoupled_attention_backward_kernel
+from .launch import dtype_name, readable, strides_of
+from .launch_table import LaunchConfig, options
+from .variant import INTERPRETED, Variant, variant, vector
+from .variant_backward import Wanted, backward_source
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """query: [B, H, M, D], stored [B, M, H, D]. keys, values: [B or 1, H, N, D], as the tensor has it, stored [B, N, H, D]; text
+    first, None where not wanted. weights: [B, H, M] float32 or None, one per image branch: the gradient of scale times mask.
+    """
+
+    query: Tensor
+    keys: tuple[Tensor | None, ...]
+    values: tuple[Tensor | None, ...]
+    weights: tuple[Tensor | None, ...]
+
+
+def backward(
+    gradient: Tensor,
+    query: Tensor,
+    keys: tuple[Tensor, ...],
+    values: tuple[Tensor, ...],
+    scales: Tensor | None,
+    masks: tuple[Tensor | None, ...],
+    softmax_scale: float,
+    tf32: bool,
+    config: LaunchConfig,
+    wanted: Wanted,
+) -> Gradients:
+    """From the gradient of the output [B, H, M, D], and the inputs of `Launch`."""
+    batch, heads, queries, head_dim = query.shape
+    dtype, device, lengths = dtype_name(query.dtype), query.device, tuple(key.shape[2] for key in keys)
+    made_for = variant(dtype, head_dim, lengths, tuple(m if m is None else dtype_name(m.dtype) for m in masks), tf32, config)
+    width = vector(dtype)
+    gradient, query = readable(gradient, width), readable(query, width)
+    keys, values = tuple(readable(key, width) for key in keys), tuple(readable(value, width) for value in values)
+    scales = scales if scales is None or scales.stride(1) == 1 else scales.contiguous()
+    masks = tuple(mask if mask is None or mask.stride(1) == 1 else mask.contiguous() for mask in masks)
+
+    blocks = triton.cdiv(queries, config.block_m)
+    out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=device)
+
+    def shares(asked: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        shapes = ((blocks, batch, length, heads, head_dim) for length in lengths)
+        return tuple(_sums(shape, device) if yes else None for shape, yes in zip(shapes, asked, strict=True))
+
+    key_shares, value_shares = shares(wanted.keys), shares(wanted.values)
+    weights = tuple(_sums((batch, heads, queries), device) if yes else None for yes in wanted.weights)
+    arguments = (
+        out, key_shares, value_shares, weights, query, gradient, keys, values, scales, masks,
+        strides_of(query, batch, width), strides_of(gradient, batch, width),
+        tuple(strides_of(key, batch, width) for key in keys), tuple(strides_of(value, batch, width) for value in values),
+        0 if scales is None or scales.shape[0] < batch else scales.stride(0),
+        tuple(0 if mask is None or mask.shape[0] < batch else mask.stride(0) for mask in masks),
+        heads, queries, lengths, softmax_scale * math.log2(math.e), softmax_scale, *made_for.constants.values(),
+    )  # fmt: skip
+    _launch(made_for, wanted, device, (heads * blocks, batch, 1), arguments)
+    return Gradients(
+        out.transpose(1, 2),
+        tuple(_total(share, key) for share, key in zip(key_shares, keys, strict=True)),
+        tuple(_total(share, value) for share, value in zip(value_shares, values, strict=True)),
+        weights,
+    )
+
+
+def _launch(made_for: Variant, wanted: Wanted, device: torch.device, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+    if device.type == "cuda" and torch.cuda.current_device() != device.index:
+        # Triton launches on the current device
+        with torch.cuda.device(device):
+            return _launch(made_for, wanted, device, grid, arguments)
+    kernel = decoupled_attention_backward_kernel if INTERPRETED else _compiled(made_for, wanted, device)
+    kernel[grid](*arguments)
+
+
+@functools.cache
+def _compiled(made_for: Variant, wanted: Wanted, device: torch.device) -> Any:
+    """Compiled for, and loaded on, the current device; from Triton's cache on disk where it has been compiled before."""
+    return triton.compile(backward_source(made_for, wanted), options=options(made_for.config))
+
+
+def _sums(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def _total(shares: Tensor | None, tensor: Tensor) -> Tensor | None:
+    """[blocks, B, N, H, D] to the shape and the dtype of the tensor, rounded once; a shared batch gets the sum over all of it."""
+    if shares is None:
+        return None
+    summed = shares.sum((0, 1)).unsqueeze(0) if tensor.shape[0] < shares.shape[1] else shares.sum(0)
+    return summed.to(tensor.dtype).transpose(1, 2)
