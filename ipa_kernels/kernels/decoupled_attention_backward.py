@@ -101,12 +101,19 @@ def _unit(size):
 
 
 @triton.jit
-def _sum_over_queries(weights, rows, factor, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr):
-    """weightsᵗ·rows·factor, as a tuple of tiles [N, D_d]; weights [M, N] of the type of the rows."""
-    out = ()
-    for d in tl.static_range(tile_count(HEAD_DIM)):
-        out = out + (tl.dot(tl.trans(weights), rows[d], input_precision=PRECISION) * factor,)
-    return out
+def _store_share(
+    base, stride, exist, weights, rows, factor,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """This program's share of a sum over queries, weightsᵗ·rows·factor [WIDTH, D]; weights [M, WIDTH] of the type of the rows."""
+    transposed = tl.trans(weights)
+    # always so: as a region of its own these products, which contract over queries, get a layout of their own from the compiler,
+    # and their operands are not held in registers from one tile of keys to the next
+    if stride > 0:
+        out = ()
+        for d in tl.static_range(tile_count(HEAD_DIM)):
+            out = out + (tl.dot(transposed, rows[d], input_precision=PRECISION) * factor,)
+        store_rows(base, stride, exist, out, HEAD_DIM, WIDTH)
 
 
 @triton.jit
@@ -124,37 +131,36 @@ def _spread_tile(
         s = s * weight[:, None]
         p = p * weight[:, None]
     k = load_rows(k_base + begin * k_stride.to(tl.int64), k_stride, exist, HEAD_DIM, WIDTH, ALL)
+    offset = begin * share_stride.to(tl.int64)
     if k_base.dtype.element_ty != tl.float16:
-        dq = weigh_rows(dq, s.to(k_base.dtype.element_ty), k, HEAD_DIM, PRECISION)
+        s = s.to(k_base.dtype.element_ty)
+        dq = weigh_rows(dq, s, k, HEAD_DIM, PRECISION)
         if dk_base is not None:
-            dk = _sum_over_queries(s.to(k_base.dtype.element_ty), q, softmax_scale, HEAD_DIM, PRECISION)
-            store_rows(dk_base + begin * share_stride.to(tl.int64), share_stride, exist, dk, HEAD_DIM, WIDTH)
+            _store_share(dk_base + offset, share_stride, exist, s, q, softmax_scale, HEAD_DIM, WIDTH, PRECISION)
         if dv_base is not None:
-            dv = _sum_over_queries(p.to(k_base.dtype.element_ty), g, 1.0, HEAD_DIM, PRECISION)
-            store_rows(dv_base + begin * share_stride.to(tl.int64), share_stride, exist, dv, HEAD_DIM, WIDTH)
+            p = p.to(k_base.dtype.element_ty)
+            _store_share(dv_base + offset, share_stride, exist, p, g, 1.0, HEAD_DIM, WIDTH, PRECISION)
     else:
-        # S is of any size, and so is a weight: what float16 holds is S by its largest
-        row_unit = tl.max(tl.abs(s), 1)
+        # S is of any size, and so is a weight: what float16 holds is their ratio to the largest
+        size = tl.max(tl.abs(s), 1)
         if dk_base is None:
-            row_unit = _unit(row_unit)
-            scaled = (s * (1.0 / row_unit)[:, None]).to(k_base.dtype.element_ty)
-            dq = scale_rows(weigh_rows(scale_rows(dq, 1.0 / row_unit), scaled, k, HEAD_DIM, PRECISION), row_unit)
+            unit = _unit(size)
+            s = (s * (1.0 / unit)[:, None]).to(tl.float16)
+            dq = scale_rows(weigh_rows(scale_rows(dq, 1.0 / unit), s, k, HEAD_DIM, PRECISION), unit)
         else:
-            # one unit for all rows: dK is a sum over them
-            unit = _unit(tl.max(row_unit, 0))
-            scaled = (s * (1.0 / unit)).to(k_base.dtype.element_ty)
-            dq = scale_tiles(weigh_rows(scale_tiles(dq, 1.0 / unit), scaled, k, HEAD_DIM, PRECISION), unit)
-            dk = _sum_over_queries(scaled, q, unit * softmax_scale, HEAD_DIM, PRECISION)
-            store_rows(dk_base + begin * share_stride.to(tl.int64), share_stride, exist, dk, HEAD_DIM, WIDTH)
+            # one for all rows: dK is a sum over them
+            unit = _unit(tl.max(size, 0))
+            s = (s * (1.0 / unit)).to(tl.float16)
+            dq = scale_tiles(weigh_rows(scale_tiles(dq, 1.0 / unit), s, k, HEAD_DIM, PRECISION), unit)
+            _store_share(dk_base + offset, share_stride, exist, s, q, unit * softmax_scale, HEAD_DIM, WIDTH, PRECISION)
         if dv_base is not None:
             if weight is None:
-                dv = _sum_over_queries(p.to(k_base.dtype.element_ty), g, 1.0, HEAD_DIM, PRECISION)
+                _store_share(dv_base + offset, share_stride, exist, p.to(tl.float16), g, 1.0, HEAD_DIM, WIDTH, PRECISION)
             else:
                 unit = _unit(tl.max(tl.abs(weight), 0))
-                dv = _sum_over_queries((p * (1.0 / unit)).to(k_base.dtype.element_ty), g, unit, HEAD_DIM, PRECISION)
-            store_rows(dv_base + begin * share_stride.to(tl.int64), share_stride, exist, dv, HEAD_DIM, WIDTH)
+                p = (p * (1.0 / unit)).to(tl.float16)
+                _store_share(dv_base + offset, share_stride, exist, p, g, unit, HEAD_DIM, WIDTH, PRECISION)
     return dq
-
 
 
 @triton.jit
