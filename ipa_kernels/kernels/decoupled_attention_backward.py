@@ -95,7 +95,10 @@ def _survey(
 
 @triton.jit
 def _unit(size):
-    """What to divide numbers of up to this size by, so that float16 can hold them; 1 where all are 0."""
+    """What to divide numbers of up to this size by, so that float16 can hold them; 1 where all are 0.
+
+    size [M, 1] or [1, 1]: the compiler for tcgen05 fails on the maximum of a tensor of one dimension, and on a number.
+    """
     # not below 2**-100: accumulators are divided by it
     return tl.where(size == 0.0, 1.0, tl.maximum(size, 7.888609e-31))
 
@@ -142,22 +145,20 @@ def _spread_tile(
             _store_share(dv_base + offset, share_stride, exist, p, g, 1.0, HEAD_DIM, WIDTH, PRECISION)
     else:
         # S is of any size, and so is a weight: what float16 holds is their ratio to the largest
-        size = tl.max(tl.abs(s), 1)
-        if dk_base is None:
-            unit = _unit(size)
-            s = (s * (1.0 / unit)[:, None]).to(tl.float16)
-            dq = scale_rows(weigh_rows(scale_rows(dq, 1.0 / unit), s, k, HEAD_DIM, PRECISION), unit)
-        else:
+        unit = tl.max(tl.abs(s), 1, keep_dims=True)
+        if dk_base is not None:
             # one for all rows: dK is a sum over them
-            unit = _unit(tl.max(size, 0))
-            s = (s * (1.0 / unit)).to(tl.float16)
-            dq = scale_tiles(weigh_rows(scale_tiles(dq, 1.0 / unit), s, k, HEAD_DIM, PRECISION), unit)
+            unit = tl.max(unit, 0, keep_dims=True)
+        unit = _unit(unit)
+        s = (s * (1.0 / unit)).to(tl.float16)
+        dq = scale_tiles(weigh_rows(scale_tiles(dq, 1.0 / unit), s, k, HEAD_DIM, PRECISION), unit)
+        if dk_base is not None:
             _store_share(dk_base + offset, share_stride, exist, s, q, unit * softmax_scale, HEAD_DIM, WIDTH, PRECISION)
         if dv_base is not None:
             if weight is None:
                 _store_share(dv_base + offset, share_stride, exist, p.to(tl.float16), g, 1.0, HEAD_DIM, WIDTH, PRECISION)
             else:
-                unit = _unit(tl.max(tl.abs(weight), 0))
+                unit = _unit(tl.max(tl.abs(weight)[:, None], 0, keep_dims=True))
                 p = (p * (1.0 / unit)).to(tl.float16)
                 _store_share(dv_base + offset, share_stride, exist, p, g, unit, HEAD_DIM, WIDTH, PRECISION)
     return dq

@@ -164,7 +164,7 @@ def scale_rows(tiles, factor):
 
 @triton.jit
 def scale_tiles(tiles, factor):
-    """tiles · factor, with one factor for all."""
+    """tiles · factor, with a factor that broadcasts to each of them."""
     out = ()
     for t in tl.static_range(len(tiles)):
         out = out + (tiles[t] * factor,)

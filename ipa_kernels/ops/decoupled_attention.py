@@ -1,13 +1,12 @@
 """The public op: validate, choose an implementation, allocate."""
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import eager
+from . import autograd, eager
 from .arguments import Problem, check_arguments
 from .support import (
     UnsupportedError,
@@ -18,8 +17,10 @@ from .support import (
     graph_reasons,
     kernel_module,
     launch_config,
+    needs_gradient,
     slower_reasons,
 )
+from .weights import masks_for_kernel, scales_for_kernel
 
 if TYPE_CHECKING:
     from ..kernels.launch import Launch
@@ -107,9 +108,15 @@ def is_fake(tensor: Tensor) -> bool:
 
 def run(problem: Problem, impl: str) -> Tensor:
     """Run the implementation that `choose` named."""
-    if impl == "eager":
+    if impl != "triton":
         return eager.decoupled_attention(problem)
-    return record(problem, "auto") if is_fake(problem.query) else prepare(problem)(problem.query)
+    if is_fake(problem.query):
+        return record(problem, "auto")
+    if not needs_gradient(problem):
+        return prepare(problem)(problem.query)
+    with torch.no_grad():
+        launch = prepare(problem)
+    return autograd.attend(launch, problem)
 
 
 def record(problem: Problem, impl: str) -> Tensor:
@@ -137,42 +144,13 @@ def prepare(problem: Problem) -> "Launch":
     kernel = kernel_module()
     assert config is not None, "call_reasons was empty"
     assert kernel is not None, "call_reasons was empty"
-    masks = tuple(None if mask is None else _mask_for_kernel(mask, query) for mask in problem.masks)
     return kernel.Launch(  # type: ignore[no-any-return]
         query.shape,
         problem.keys,
         problem.values,
-        _scales_for_kernel(problem),
-        masks,
+        scales_for_kernel(problem),
+        masks_for_kernel(problem),
         problem.softmax_scale,
         allows_tf32(query.device),
         config,
     )
-
-
-def _scales_for_kernel(problem: Problem) -> Tensor | None:
-    """[B or 1, n] in float32 on the device of the query."""
-    if not problem.masks:
-        return None
-    scales = problem.scales
-    if not isinstance(scales, Tensor):
-        return _scales_on_device(scales, problem.query.device)
-    return _to_device(scales.to(torch.float32), problem.query.device)
-
-
-@functools.lru_cache(maxsize=256)
-def _scales_on_device(scales: tuple[float, ...], device: torch.device) -> Tensor:
-    # remembered by value: copying a few numbers to a GPU costs more than the kernel
-    return _to_device(torch.tensor([scales], dtype=torch.float32), device)
-
-
-def _to_device(scales: Tensor, device: torch.device) -> Tensor:
-    if scales.device == device:
-        return scales
-    # from pinned memory the copy does not wait for what the GPU is doing
-    return scales.pin_memory().to(device, non_blocking=True)
-
-
-def _mask_for_kernel(mask: Tensor, query: Tensor) -> Tensor:
-    """[B or 1, M] in a dtype that the kernel reads."""
-    return mask if mask.dtype in (torch.float32, query.dtype) else mask.to(torch.float32)
