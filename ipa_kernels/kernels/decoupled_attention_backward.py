@@ -5,9 +5,9 @@ image):
 
     R = G·Vᵗ    δ = Σₙ P·R    S = w·P·(R - δ)        dQ += S·K·scale    dK = Sᵗ·Q·scale    dV = (w·P)ᵗ·G    dw = δ
 
-One program owns BLOCK_M queries of one head, as in the forward, and computes the softmax anew: nothing but the inputs needs to be
-kept. dQ is summed over the branches in registers. dK and dV are sums over queries, of which a program writes its share; so
-is δ a sum over keys alone, from which whoever launches computes the gradients of scales and masks.
+One program owns BLOCK_M queries of one head, as in the forward, and computes the softmax anew: nothing but the inputs needs to
+be kept. dQ is summed over the branches in registers. dK and dV are sums over queries, of which a program writes its share. δ
+is written where it is asked for; whoever launches sums it to the gradients of scales and masks.
 """
 
 import triton
@@ -108,10 +108,10 @@ def _store_share(
     base, stride, exist, weights, rows, factor,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """This program's share of a sum over queries, weightsᵗ·rows·factor [WIDTH, D]; weights [M, WIDTH] of the type of the rows."""
+    """This program's share of a sum over queries, weightsᵗ·rows·factor [WIDTH, D]; weights [M, WIDTH], of the rows' type."""
     transposed = tl.trans(weights)
-    # always so: as a region of its own these products, which contract over queries, get a layout of their own from the compiler,
-    # and their operands are not held in registers from one tile of keys to the next
+    # always so: in a region of their own these products, which contract over queries, get a layout of their own, and their
+    # operands are not held in registers from one tile of keys to the next
     if stride > 0:
         out = ()
         for d in tl.static_range(tile_count(HEAD_DIM)):

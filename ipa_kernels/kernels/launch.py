@@ -36,7 +36,9 @@ class Launch:
         self.shape, self.dtype, self.device = shape, keys[0].dtype, keys[0].device
         dtype = dtype_name(self.dtype)
         lengths = tuple(key.shape[2] for key in keys)
-        self.variant = variant(dtype, head_dim, lengths, tuple(m if m is None else dtype_name(m.dtype) for m in masks), tf32, config)
+        self.variant = variant(
+            dtype, head_dim, lengths, tuple(m if m is None else dtype_name(m.dtype) for m in masks), tf32, config
+        )
         self._vector = vector(dtype)
         self._grid = (heads * triton.cdiv(queries, config.block_m), batch, 1)
         self._packed = (queries * heads * head_dim // self._vector, head_dim // self._vector, heads * head_dim // self._vector)

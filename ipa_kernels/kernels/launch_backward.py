@@ -21,8 +21,8 @@ from .variant_backward import Wanted, backward_source
 
 @dataclass(frozen=True)
 class Gradients:
-    """query: [B, H, M, D], stored [B, M, H, D]. keys, values: [B or 1, H, N, D], as the tensor has it, stored [B, N, H, D]; text
-    first, None where not wanted. weights: [B, H, M] float32 or None, one per image branch: the gradient of scale times mask.
+    """query: [B, H, M, D], stored [B, M, H, D]. keys, values: [B or 1, H, N, D], as the tensor, stored [B, N, H, D]; text
+    first. weights: [B, H, M] in float32, of scale times mask, one per image branch. None where not wanted.
     """
 
     query: Tensor
@@ -99,7 +99,7 @@ def _sums(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _total(shares: Tensor | None, tensor: Tensor) -> Tensor | None:
-    """[blocks, B, N, H, D] to the shape and the dtype of the tensor, rounded once; a shared batch gets the sum over all of it."""
+    """[blocks, B, N, H, D] to the shape and dtype of the tensor, rounded once; a shared batch gets the sum over all rows."""
     if shares is None:
         return None
     summed = shares.sum((0, 1)).unsqueeze(0) if tensor.shape[0] < shares.shape[1] else shares.sum(0)

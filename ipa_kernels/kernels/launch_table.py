@@ -76,7 +76,8 @@ RDNA3 = ("gfx1100",)
 RDNA4 = ("gfx1201",)
 
 
-def _dims(first: int, last: int) -> range:
+def dims(first: int, last: int) -> range:
+    """Head dims, both ends included."""
     return range(first, last + 1, 8)
 
 
@@ -84,32 +85,32 @@ def _dims(first: int, last: int) -> range:
 # repeat each other's products. Whether four or eight such warps are a block is decided by which of the two spills nowhere.
 # LaunchConfig(block_m, block_n, whole_keys, whole_image_keys, ...)
 TABLE = (
-    Row(SM_120, 16, _dims(56, 56), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8)),
-    Row(MMA, 16, _dims(8, 56), ANY, LaunchConfig(128, 32, 128, 32, num_warps=8)),
-    Row(MMA, 16, _dims(64, 64), ANY, LaunchConfig(64, 32, 128, 32, num_warps=4)),
-    Row(AMPERE, 16, _dims(72, 80), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8, max_registers=255)),
-    Row(SM_120, 16, _dims(72, 80), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8)),
-    Row(AMPERE, 16, _dims(88, 96), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8)),
-    Row(SM_120, 16, _dims(88, 96), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8, max_image_keys=32)),
-    Row(MMA, 16, _dims(120, 128), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8, max_image_keys=32)),
-    Row(MMA, 16, _dims(104, 144), ANY, LaunchConfig(128, 16, 0, 32, num_warps=8, max_image_keys=32)),
-    Row(MMA, 16, _dims(152, 160), ANY, LaunchConfig(128, 16, 0, 16, num_warps=8, max_image_keys=16)),
-    Row(WGMMA, 16, _dims(8, 64), 1023, LaunchConfig(64, 64, 128, 128, num_warps=4)),
-    Row(WGMMA, 16, _dims(72, 96), 1023, LaunchConfig(64, 32, 128, 64, num_warps=4)),
-    Row(WGMMA, 16, _dims(8, 96), ANY, LaunchConfig(128, 64, 128, 64, num_warps=8)),
-    Row(WGMMA, 16, _dims(104, 160), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8)),
-    Row(TCGEN05, 16, _dims(8, 96), 1023, LaunchConfig(64, 64, 128, 32, num_warps=4)),
-    Row(TCGEN05, 16, _dims(8, 96), ANY, LaunchConfig(128, 64, 128, 32, num_warps=8)),
-    Row(TCGEN05, 16, _dims(104, 144), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8, max_registers=255)),
-    Row(TCGEN05, 16, _dims(152, 160), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8, max_image_keys=32, max_registers=255)),
-    Row(CDNA, 16, _dims(8, 160), ANY, LaunchConfig(128, 64, 128, 32, num_warps=4, num_stages=1)),
-    Row(RDNA3, 16, _dims(8, 64), ANY, LaunchConfig(64, 16, 80, 16, num_warps=4, num_stages=1)),
-    Row(RDNA3, 16, _dims(72, 80), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, num_stages=1)),
-    Row(RDNA3, 16, _dims(88, 96), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, num_stages=1, max_image_keys=16)),
-    Row(RDNA4, 16, _dims(8, 96), ANY, LaunchConfig(64, 32, 128, 32, num_warps=4, num_stages=1)),
-    Row(RDNA4, 16, _dims(104, 144), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, num_stages=1, max_image_keys=16)),
+    Row(SM_120, 16, dims(56, 56), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8)),
+    Row(MMA, 16, dims(8, 56), ANY, LaunchConfig(128, 32, 128, 32, num_warps=8)),
+    Row(MMA, 16, dims(64, 64), ANY, LaunchConfig(64, 32, 128, 32, num_warps=4)),
+    Row(AMPERE, 16, dims(72, 80), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8, max_registers=255)),
+    Row(SM_120, 16, dims(72, 80), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8)),
+    Row(AMPERE, 16, dims(88, 96), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8)),
+    Row(SM_120, 16, dims(88, 96), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8, max_image_keys=32)),
+    Row(MMA, 16, dims(120, 128), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8, max_image_keys=32)),
+    Row(MMA, 16, dims(104, 144), ANY, LaunchConfig(128, 16, 0, 32, num_warps=8, max_image_keys=32)),
+    Row(MMA, 16, dims(152, 160), ANY, LaunchConfig(128, 16, 0, 16, num_warps=8, max_image_keys=16)),
+    Row(WGMMA, 16, dims(8, 64), 1023, LaunchConfig(64, 64, 128, 128, num_warps=4)),
+    Row(WGMMA, 16, dims(72, 96), 1023, LaunchConfig(64, 32, 128, 64, num_warps=4)),
+    Row(WGMMA, 16, dims(8, 96), ANY, LaunchConfig(128, 64, 128, 64, num_warps=8)),
+    Row(WGMMA, 16, dims(104, 160), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8)),
+    Row(TCGEN05, 16, dims(8, 96), 1023, LaunchConfig(64, 64, 128, 32, num_warps=4)),
+    Row(TCGEN05, 16, dims(8, 96), ANY, LaunchConfig(128, 64, 128, 32, num_warps=8)),
+    Row(TCGEN05, 16, dims(104, 144), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8, max_registers=255)),
+    Row(TCGEN05, 16, dims(152, 160), ANY, LaunchConfig(128, 16, 128, 32, num_warps=8, max_image_keys=32, max_registers=255)),
+    Row(CDNA, 16, dims(8, 160), ANY, LaunchConfig(128, 64, 128, 32, num_warps=4, num_stages=1)),
+    Row(RDNA3, 16, dims(8, 64), ANY, LaunchConfig(64, 16, 80, 16, num_warps=4, num_stages=1)),
+    Row(RDNA3, 16, dims(72, 80), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, num_stages=1)),
+    Row(RDNA3, 16, dims(88, 96), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, num_stages=1, max_image_keys=16)),
+    Row(RDNA4, 16, dims(8, 96), ANY, LaunchConfig(64, 32, 128, 32, num_warps=4, num_stages=1)),
+    Row(RDNA4, 16, dims(104, 144), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, num_stages=1, max_image_keys=16)),
     # IEEE float32 has no tensor cores: small tiles, for the sake of registers and compile time
-    Row(tuple(SHARED_MEMORY), 32, _dims(8, 160), ANY, LaunchConfig(32, 32, 80, 32, num_warps=4)),
+    Row(tuple(SHARED_MEMORY), 32, dims(8, 160), ANY, LaunchConfig(32, 32, 80, 32, num_warps=4)),
 )
 
 # Triton's interpreter has no registers to run out of.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 
+import torch
 from torch import Tensor
 
 
@@ -78,6 +79,11 @@ def check_arguments(
         _check_attn_mask(attn_mask, query, key),
         _check_softmax_scale(scale, query),
     )
+
+
+def needs_gradient(problem: Problem) -> bool:
+    """Whether autograd records this call."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in problem.tensors())
 
 
 def default_softmax_scale(head_dim: int) -> float:

@@ -114,7 +114,6 @@ def _launch(
 ) -> "Gradients":
     query, kernel = problem.query, backward_module()
     config = backward_config(query.device, query.dtype, query.shape[3])
-    assert kernel is not None, "there was a forward"
     assert config is not None, "call_reasons was empty"
     return kernel.backward(  # type: ignore[no-any-return]
         gradient,
@@ -138,9 +137,7 @@ def _scales(problem: Problem, weights: tuple[Tensor | None, ...]) -> Tensor:
     for weight, mask in zip(weights, problem.masks, strict=True):
         assert weight is not None, "it was asked for"
         by_query = weight.sum(1)
-        # a mask of 0 takes the query out, whatever the branch holds
-        by_query = by_query if mask is None else torch.where(mask == 0, 0.0, by_query * mask.float())
-        columns.append(by_query.sum(1))
+        columns.append((by_query if mask is None else by_query * mask.float()).sum(1))
     found = torch.stack(columns, 1) if columns else scales.new_zeros(problem.query.shape[0], 0)
     return _shared(found, scales)
 

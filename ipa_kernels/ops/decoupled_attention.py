@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, eager
-from .arguments import Problem, check_arguments
+from .arguments import Problem, check_arguments, needs_gradient
 from .support import (
     UnsupportedError,
     allows_tf32,
@@ -17,7 +17,6 @@ from .support import (
     graph_reasons,
     kernel_module,
     launch_config,
-    needs_gradient,
     slower_reasons,
 )
 from .weights import masks_for_kernel, scales_for_kernel

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..kernels import launch_table
-from .arguments import Problem
+from ..kernels import launch_table, launch_table_backward
+from .arguments import Problem, needs_gradient
 
 
 class UnsupportedError(ValueError):
@@ -31,7 +31,7 @@ _BITS = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32}
 
 
 _BIAS = "attn_mask: the kernel takes no bias on the text branch"
-_GRADIENT = "gradient: an input requires grad and the kernel has no backward; use torch.no_grad() or eager"
+_GRADIENT = "gradient: an input requires grad, and the kernel has no backward in a graph; torch.no_grad() lifts this"
 
 
 @functools.cache
@@ -45,6 +45,11 @@ def kernel_module() -> ModuleType | None:
         return _import_kernel()
     except ImportError:
         return None
+
+
+def backward_module() -> ModuleType:
+    """`ipa_kernels.kernels.launch_backward`, where `kernel_module` is not None."""
+    return importlib.import_module("ipa_kernels.kernels.launch_backward")
 
 
 @functools.cache
@@ -68,6 +73,14 @@ def launch_config(device: torch.device, dtype: torch.dtype, head_dim: int, queri
     if kernel is not None and kernel.INTERPRETED:
         return launch_table.INTERPRETED
     return launch_table.find(architecture(device), _BITS[dtype], head_dim, queries)
+
+
+def backward_config(device: torch.device, dtype: torch.dtype, head_dim: int) -> launch_table.LaunchConfig | None:
+    """The launch parameters of the backward for supported inputs."""
+    kernel = kernel_module()
+    if kernel is not None and kernel.INTERPRETED:
+        return launch_table.INTERPRETED
+    return launch_table_backward.find(architecture(device), _BITS[dtype], head_dim)
 
 
 def layer_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
@@ -142,10 +155,12 @@ def call_reasons(problem: Problem) -> list[str]:
         reasons.append(f"scale {problem.softmax_scale}: the kernel needs a positive softmax scale within float32")
     if query.shape[0] > 65535:
         reasons.append(f"batch {query.shape[0]}: a GPU grid ends at 65535")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in problem.tensors()):
-        reasons.append(_GRADIENT)
+    if needs_gradient(problem):
+        reasons += _gradient_reasons(problem)
     if torch.autograd.forward_ad._current_level >= 0:
         reasons.append("forward-mode differentiation: the kernel has no tangents; leaving its dual level lifts this")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        reasons.append("torch.func: the kernel has no rules for its transforms; calling it outside of them lifts this")
     for name, tensor in _named(problem):
         if tensor.shape[3] > 1 and tensor.stride(3) != 1:
             reasons.append(f"{name} strides {tuple(tensor.stride())}: the kernel needs a last stride of 1")
@@ -169,9 +184,18 @@ def graph_reasons(problem: Problem, impl: str) -> list[str]:
     reasons = [*_device_reasons(query.device, query.dtype, operator.index(query.shape[3]), impl)]
     if problem.attn_mask is not None:
         reasons.append(_BIAS)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in problem.tensors()):
+    if needs_gradient(problem):
         reasons.append(_GRADIENT)
     return reasons
+
+
+def _gradient_reasons(problem: Problem) -> list[str]:
+    """Why the backward kernel cannot run this call."""
+    query, kernel = problem.query, kernel_module()
+    if query.device.type != "cuda" or query.dtype not in _BITS or (kernel is not None and kernel.INTERPRETED):
+        return []
+    reason = launch_table_backward.refusal(architecture(query.device), _BITS[query.dtype], query.shape[3], problem.lengths)
+    return [] if reason is None else [f'gradient: {reason}; torch.no_grad() or impl="eager" lifts this']
 
 
 def _named(problem: Problem) -> list[tuple[str, Tensor]]:
