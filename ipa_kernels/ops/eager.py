@@ -8,27 +8,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import Problem, default_softmax_scale
+from .arguments import Problem, default_softmax_scale, needs_gradient
 
 
 def decoupled_attention(problem: Problem) -> Tensor:
     """[B, H, M, D], stored [B, M, H, D]."""
-    out = _attention(problem, 0, problem.attn_mask)
+    recorded = needs_gradient(problem)
+    out = _attention(problem, problem.keys[0], problem.values[0], problem.attn_mask)
     for i, mask in enumerate(problem.masks):
-        scale = _scale(problem, i)
+        scale, key, value = _scale(problem, i), problem.keys[i + 1], problem.values[i + 1]
         if isinstance(scale, float) and scale == 0:
             continue
-        image = _attention(problem, i + 1, None)
-        # autograd may have saved either; otherwise both are nobody else's
-        in_place = not (torch.is_grad_enabled() and (out.requires_grad or image.requires_grad))
+        if isinstance(scale, Tensor) and recorded:
+            # nothing but 0 comes of a branch of scale 0 then: adding it is exact, and gives the scale its true derivative
+            key, value = _finite_where_zero(key, scale), _finite_where_zero(value, scale)
+        image = _attention(problem, key, value, None)
         if mask is not None:
             weights = mask.to(image.dtype)[:, None, :, None]
-            image = image.mul_(weights) if in_place and not weights.requires_grad else image * weights
+            if isinstance(scale, Tensor) and recorded:
+                weights = _finite_where_zero(weights, scale)
+            # autograd may have saved it; otherwise it is nobody else's
+            image = image * weights if recorded else image.mul_(weights)
         if isinstance(scale, Tensor):
             # selected, not multiplied: a branch of scale 0 contributes nothing even where it holds NaN
-            out = torch.where(scale == 0, out, out + (scale * image).to(image.dtype))
+            added = out + (scale * image).to(image.dtype)
+            out = added if recorded else torch.where(scale == 0, out, added)
             continue
-        if not in_place:
+        if recorded:
             out = out + scale * image
             continue
         # times 1 is exact, so that it can be left out
@@ -36,10 +42,15 @@ def decoupled_attention(problem: Problem) -> Tensor:
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _attention(problem: Problem, branch: int, bias: Tensor | None) -> Tensor:
+def _finite_where_zero(tensor: Tensor, scale: Tensor) -> Tensor:
+    """The tensor, without its NaN and infinities where the scale is 0: a gradient of 0 times those would be NaN."""
+    return torch.where(scale == 0, tensor.nan_to_num(0.0, 0.0, 0.0), tensor)
+
+
+def _attention(problem: Problem, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
     query = problem.query
     batch = query.shape[0]
-    key, value = problem.keys[branch].expand(batch, -1, -1, -1), problem.values[branch].expand(batch, -1, -1, -1)
+    key, value = key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
     if bias is not None:
         bias = bias.to(query.dtype)
     # stock leaves the default to SDPA, which computes it in its own precision
