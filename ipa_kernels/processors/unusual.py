@@ -1,9 +1,7 @@
 """Calls that only diffusers' own code may run: each reason in one line, with what would lift it."""
 
-from itertools import chain
 from typing import Any
 
-import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
@@ -34,10 +32,6 @@ def unusual(
         got = f"diffusers folds different ones, got {sorted(batches)}"
         reasons.append(f"batch sizes of queries, text and images: {got}; equal ones lift this")
     reasons += _unusual_masks(scales, masks, images, hidden_states.shape[0])
-    if torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in chain((hidden_states, text, *images), attn.parameters())
-    ):
-        reasons.append("gradient: the kernel has no backward yet; torch.no_grad() lifts this")
     return reasons
 
 
