@@ -361,12 +361,6 @@ def with_a_scale_too_many(pipe: Any) -> None:
             processor.scale = [0.5, 0.5]
 
 
-def with_grad(pipe: Any, control: Control) -> torch.Tensor:
-    embeds = [torch.randn(1, 1, tiny.IMAGE_EMBED_DIM, generator=torch.Generator().manual_seed(0))]
-    text = torch.randn(1, 7, tiny.CROSS_ATTENTION_DIM, generator=torch.Generator().manual_seed(1))
-    return pipe.unet(torch.ones(1, 4, 8, 8), 5, text, added_cond_kwargs={"image_embeds": embeds}).sample.detach()
-
-
 def with_attention_mask(pipe: Any, control: Control) -> torch.Tensor:
     embeds = [torch.randn(1, 1, tiny.IMAGE_EMBED_DIM, generator=torch.Generator().manual_seed(0))]
     text = torch.randn(1, 7, tiny.CROSS_ATTENTION_DIM, generator=torch.Generator().manual_seed(1))
@@ -386,7 +380,6 @@ def nothing(pipe: Any) -> None:
 
 
 UNUSUAL = {
-    "gradient": (nothing, Control(), with_grad),
     "attention_mask": (nothing, Control(), with_attention_mask),
     "batch sizes of queries, text and images": (nothing, CONTROLS["guidance cut off"], ordinary),
     "adapter scale": (with_tensor_scales, Control(), ordinary),
