@@ -1,6 +1,6 @@
 """Compile every entry of the launch table for every architecture, without a GPU, and count what came out.
 
-    python -m benchmarks.compile_report [--arch sm_90 ...] [--head-dim 64 ...] [--quick | --hardest] [--json FILE]
+    python -m benchmarks.compile_report [--arch sm_90 ...] [--head-dim 64 ...] [--quick | --hardest] [--backward] [--json FILE]
 
 What is compiled is what a launch compiles: one source for both (`ipa_kernels.kernels.variant`), specialised on nothing that a
 launch may change. An entry is unfit, and the exit status 1, if it spills, exceeds the shared memory of the device, does without
@@ -10,6 +10,9 @@ core multiplies 16 x 8 x 16, needs over 10 % more of that than the shape does.
 min_mma is the minimum for tiles of 16: over every branch, ceil8(keys) columns of Q·Kᵗ and ceil16(keys) rows of V, times
 ceil16(head dim), per query; a loop counts one block of keys and the rest after the last block. Elsewhere than on mma.sync it is
 in instructions of the mean size that was used, or on tcgen05 the fewest instructions; an excess there is named, not judged.
+
+--backward compiles the backward kernel instead, with its own table. It may spill up to 64 bytes per thread, and its minimum is
+never judged: three products per key, five where a loop walks over the keys twice, and one more for each of dK and dV.
 """
 
 import argparse
@@ -29,13 +32,16 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from ipa_kernels.kernels import launch_table
+from ipa_kernels.kernels import launch_table, launch_table_backward
 from ipa_kernels.kernels.decoupled_attention import decoupled_attention_kernel
+from ipa_kernels.kernels.decoupled_attention_backward import decoupled_attention_backward_kernel
 from ipa_kernels.kernels.launch_table import LaunchConfig
 from ipa_kernels.kernels.variant import INTERPRETED, Variant, source, variant
+from ipa_kernels.kernels.variant_backward import Wanted, backward_source
 from ipa_kernels.measure import machine_facts
 
-from .disassembly import Count, count
+from . import backward_classes
+from .disassembly import Count, Lines, count
 from .occupancy import occupancy
 
 HEAD_DIMS = tuple(range(8, 161, 8))
@@ -48,7 +54,9 @@ LONG = 1000
 
 @dataclass(frozen=True)
 class Entry:
-    """One compilation: an architecture, a shape class, the lengths of the branches, text first, with masks or without."""
+    """One compilation: an architecture, a shape class, the lengths of the branches, text first, with masks or without; of the
+    backward kernel where gradients are wanted.
+    """
 
     arch: str
     dtype: str
@@ -56,6 +64,7 @@ class Entry:
     lengths: tuple[int, ...]
     masked: bool
     config: LaunchConfig
+    wanted: Wanted | None = None
 
     @property
     def variant(self) -> Variant:
@@ -67,9 +76,12 @@ class Entry:
     def minimum(self) -> int:
         """Multiply-adds per query that tiles of 16 need, loops counted once."""
         columns = 0
-        for branch in self.variant.branches:
+        for i, branch in enumerate(self.variant.branches):
             keys = branch.whole or self.config.block_n + branch.rest
             columns += _up(keys, 8) + _up(keys, 16)
+            if self.wanted is not None:
+                columns += _up(keys, 8) * (1 if branch.whole else 3)
+                columns += _up(keys, 16) * (self.wanted.keys[i] + self.wanted.values[i])
         return columns * _up(self.head_dim, 16)
 
 
@@ -113,6 +125,28 @@ def entries(archs: list[str], dtypes: list[str], head_dims: list[int], which: st
                             yield Entry(arch, dtype, head_dim, lengths, masked, row.config)
 
 
+def backward_entries(archs: list[str], dtypes: list[str], head_dims: list[int], which: str) -> Iterator[Entry]:
+    """As `entries`, of the backward's table."""
+    for arch in archs:
+        turn = 0
+        for row in (row for row in launch_table_backward.TABLE if arch in row.archs):
+            dims = [d for d in head_dims if launch_table_backward.find(arch, row.bits, d) is row.config]
+            classes = list(backward_classes.hardest(row.config))
+            for dtype in (dtype for dtype in dtypes if _bits(dtype) == row.bits):
+                if which == "quick":
+                    for head_dim in dims[-1:]:
+                        lengths, wanted = classes[turn % len(classes)]
+                        yield Entry(arch, dtype, head_dim, lengths, True, row.config, wanted)
+                        turn += 1
+                    continue
+                for head_dim in dims:
+                    for lengths, wanted in classes:
+                        yield Entry(arch, dtype, head_dim, lengths, True, row.config, wanted)
+                    for lengths, wanted in backward_classes.used(row.config) if which == "all" else ():
+                        if head_dim in USED_HEAD_DIMS:
+                            yield Entry(arch, dtype, head_dim, lengths, False, row.config, wanted)
+
+
 def measure(entry: Entry) -> Count:
     """Compile one entry and count. Raises RuntimeError where kernels are interpreted."""
     if INTERPRETED:
@@ -123,20 +157,25 @@ def measure(entry: Entry) -> Count:
         else GPUTarget("cuda", int(entry.arch.removeprefix("sm_")), 32)
     )
     options = launch_table.options(entry.config)
-    return count(triton.compile(source(entry.variant), target=target, options=options), _query_lines())
+    if entry.wanted is None:
+        asked, lines = source(entry.variant), _query_lines(decoupled_attention_kernel.fn)
+    else:
+        asked = backward_source(entry.variant, entry.wanted)
+        lines = _query_lines(decoupled_attention_backward_kernel.fn)
+    return count(triton.compile(asked, target=target, options=options), lines)
 
 
 @functools.cache
-def _query_lines() -> range:
-    """Where the kernel loads its queries."""
-    lines, first = inspect.getsourcelines(decoupled_attention_kernel.fn)
+def _query_lines(kernel: Any) -> Lines:
+    """Where a kernel loads its queries."""
+    lines, first = inspect.getsourcelines(kernel)
     (line,) = (first + i for i, text in enumerate(lines) if text.lstrip().startswith("q = load_rows("))
-    return range(line, line + 1)
+    return Lines(Path(inspect.getfile(kernel)).name, range(line, line + 1))
 
 
 def min_mma(entry: Entry, counted: Count) -> int | None:
-    """See above; None for float32, and where there are no matrix instructions."""
-    if not counted.mma or entry.dtype == "float32":
+    """See above; None for float32, where there are no matrix instructions, and of the backward elsewhere than on mma.sync."""
+    if not counted.mma or entry.dtype == "float32" or (entry.wanted is not None and entry.arch not in launch_table.MMA):
         return None
     if counted.multiply_adds is None:
         # tcgen05 does not show its shape: the fewest instructions, each 16 deep and as wide as it may be
@@ -151,7 +190,11 @@ def min_mma(entry: Entry, counted: Count) -> int | None:
 def excess(entry: Entry, counted: Count) -> str | None:
     """Why over 10 % more matrix instructions than the least are no fault here."""
     least = min_mma(entry, counted)
-    if least is None or counted.mma <= 1.1 * least or entry.arch in launch_table.MMA:
+    if least is None or counted.mma <= 1.1 * least:
+        return None
+    if entry.wanted is not None:
+        return "backward: an excess over the least is not judged"
+    if entry.arch in launch_table.MMA:
         return None
     if counted.multiply_adds is None:
         return "tcgen05: each tile of 64, 32 or 16 is an instruction of its own, and the pipeline copies the body of a loop"
@@ -166,16 +209,17 @@ def faults(entry: Entry, counted: Count) -> list[str]:
         found.append(f"shared memory {counted.shared_bytes} over the {limit} of {entry.arch}")
     if counted.query_load < 16:
         found.append(f"loads queries by {counted.query_load} bytes per thread")
-    if counted.output_store < 16:
+    # of the backward, the gradients of scales and masks are stored a number at a time
+    if counted.output_store < 16 and (entry.wanted is None or not any(entry.wanted.weights)):
         found.append(f"stores the output by {counted.output_store} bytes per thread")
     if entry.dtype == "float32":
         return found
-    if counted.spill_bytes:
+    if counted.spill_bytes > (0 if entry.wanted is None else launch_table_backward.SPILL_BYTES):
         found.append(f"spills {counted.spill_bytes} bytes per thread")
     if not counted.mma:
         found.append("no tensor core instruction")
     least = min_mma(entry, counted)
-    if least is not None and counted.mma > 1.1 * least and entry.arch in launch_table.MMA:
+    if entry.wanted is None and least is not None and counted.mma > 1.1 * least and entry.arch in launch_table.MMA:
         found.append(f"{counted.mma} matrix instructions where {least} would do")
     return found
 
@@ -191,11 +235,13 @@ def _bits(dtype: str) -> int:
 def row(entry: Entry, counted: Count) -> dict[str, Any]:
     """What `--json` writes for an entry."""
     return {
+        "pass": "forward" if entry.wanted is None else "backward",
         "arch": entry.arch,
         "dtype": entry.dtype,
         "head_dim": entry.head_dim,
         "lengths": entry.lengths,
         "masked": entry.masked,
+        "wanted": None if entry.wanted is None else asdict(entry.wanted),
         "block_m": entry.config.block_m,
         "num_warps": entry.config.num_warps,
         **asdict(counted),
@@ -223,11 +269,13 @@ def main() -> int:
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--quick", action="store_true", help="one entry for each row of the table: minutes instead of an hour")
     amount.add_argument("--hardest", action="store_true", help="only the lengths that need the most registers")
+    parser.add_argument("--backward", action="store_true", help="the backward kernel and its table")
     parser.add_argument("--json", type=Path, help="write one row per entry")
     arguments = parser.parse_args()
 
     which = "quick" if arguments.quick else "hardest" if arguments.hardest else "all"
-    asked = list(entries(arguments.arch, arguments.dtype, arguments.head_dim, which))
+    listed, table = (backward_entries, launch_table_backward) if arguments.backward else (entries, launch_table)
+    asked = list(listed(arguments.arch, arguments.dtype, arguments.head_dim, which))
     rows = []
     print("arch      dtype     D    block warps  registers  spill  shared   mma  (min)  instr  occupancy  keys per branch")
     with ProcessPoolExecutor(os.cpu_count()) as pool:
@@ -240,7 +288,7 @@ def main() -> int:
     print(f"{len(asked)} entries, {unfit} unfit (triton {triton.__version__})")
     for arch in arguments.arch:
         for dtype in arguments.dtype:
-            print(f"{arch} {dtype}: {'; '.join(launch_table.refusals(arch, _bits(dtype)))}")
+            print(f"{arch} {dtype}: {'; '.join(table.refusals(arch, _bits(dtype)))}")
     if arguments.json:
         write(arguments.json, rows)
     return 1 if unfit else 0
@@ -252,8 +300,17 @@ def _line(entry: Entry, counted: Count, row: dict[str, Any]) -> str:
         f"{entry.arch:9} {entry.dtype:9} {entry.head_dim:<4} {entry.config.block_m:>5} {entry.config.num_warps:>5}"
         f" {counted.registers:>10} {counted.spill_bytes:>6} {counted.shared_bytes:>7} {counted.mma:>5} {least:>6}"
         f" {counted.instructions:>6} {row['occupancy']:>9.0%}   {'+'.join(map(str, entry.lengths))}{'  masked' * entry.masked}"
+        f"{_asked(entry)}"
         f"  {'; '.join(row['faults'])}"
     )
+
+
+def _asked(entry: Entry) -> str:
+    """Which branches need gradients of their keys or values."""
+    if entry.wanted is None:
+        return ""
+    pairs = zip(entry.wanted.keys, entry.wanted.values, strict=True)
+    return "  d" + ",".join(str(i) for i, pair in enumerate(pairs) if any(pair))
 
 
 if __name__ == "__main__":

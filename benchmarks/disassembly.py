@@ -10,9 +10,16 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
+
+
+class Lines(NamedTuple):
+    """Lines of one file, by its name."""
+
+    file: str
+    lines: range
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,8 @@ class Count:
     output_store: int
 
 
-def count(compiled: Any, query_lines: range) -> Count:
-    """Count a compiled kernel; query_lines: the lines of the kernel's file on which the queries are loaded."""
+def count(compiled: Any, query_lines: Lines) -> Count:
+    """Count a compiled kernel; query_lines: where the queries are loaded."""
     if "cubin" in compiled.asm:
         return _count_nvidia(compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata.shared, query_lines)
     return _count_amd(compiled.asm["amdgcn"], compiled.metadata.shared, query_lines)
@@ -42,7 +49,7 @@ def count(compiled: Any, query_lines: range) -> Count:
 _SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)", re.M)
 
 
-def _count_nvidia(cubin: bytes, ptx: str, shared: int, query_lines: range) -> Count:
+def _count_nvidia(cubin: bytes, ptx: str, shared: int, query_lines: Lines) -> Count:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -77,12 +84,12 @@ def _sass_width(opcode: str) -> int:
     return next((widths[part] for part in opcode.split(".") if part in widths), 4)
 
 
-def _ptx_widths(ptx: str, lines: range) -> list[int]:
+def _ptx_widths(ptx: str, lines: Lines) -> list[int]:
     """Bytes per thread of each global load that stems from these lines of the kernel."""
-    widths, here, kernel = [], False, _file_number(ptx)
+    widths, here, number = [], False, _file_number(ptx, lines.file)
     for line in ptx.splitlines():
         if ".loc" in line:
-            here = _stems_from(line, lines, kernel)
+            here = _stems_from(line, lines, number)
         elif here and (found := re.search(r"(?:ld\.global|cp\.async\.c[ag]\.shared\.global)\S*", line)):
             vector = re.search(r"\.v(\d)", found[0])
             bits = re.search(r"\.[bfu](\d+)", found[0])
@@ -94,33 +101,33 @@ def _ptx_widths(ptx: str, lines: range) -> list[int]:
     return widths
 
 
-def _stems_from(location: str, lines: range, kernel: str) -> bool:
-    """Whether a .loc, or a call that it was inlined at, is on one of these lines of the kernel's file.
+def _stems_from(location: str, lines: Lines, number: str) -> bool:
+    """Whether a .loc, or a call that it was inlined at, is on one of these lines.
 
-    kernel: the number of that file. Triton 3.9 writes `inlined_at file line column`, older ones the whole chain in a comment.
+    number: of their file. Triton 3.9 writes `inlined_at file line column`, older ones the whole chain in a comment.
     """
-    found = re.findall(r"decoupled_attention\.py:(\d+):", location) + re.findall(rf"inlined_at {kernel} (\d+) ", location)
-    return any(int(line) in lines for line in found)
+    found = re.findall(rf"\b{re.escape(lines.file)}:(\d+):", location) + re.findall(rf"inlined_at {number} (\d+) ", location)
+    return any(int(line) in lines.lines for line in found)
 
 
-def _file_number(listing: str) -> str:
-    found = re.search(r'\.file\s+(\d+)\s.*decoupled_attention\.py"', listing)
+def _file_number(listing: str, file: str) -> str:
+    found = re.search(rf'\.file\s+(\d+)\s.*\b{re.escape(file)}"', listing)
     return found[1] if found else "none"
 
 
 _AMD_WIDTHS = {"dwordx4": 16, "b128": 16, "dwordx3": 12, "b96": 12, "dwordx2": 8, "b64": 8, "dword": 4, "b32": 4}
 
 
-def _count_amd(assembly: str, shared: int, query_lines: range) -> Count:
+def _count_amd(assembly: str, shared: int, query_lines: Lines) -> Count:
     def metadata(name: str) -> int:
         match = re.search(rf"\.{name}:\s+(\d+)", assembly)
         assert match is not None, f"no {name} in the assembly"
         return int(match.group(1))
 
-    loads, stores, here, kernel = [], [], False, _file_number(assembly)
+    loads, stores, here, number = [], [], False, _file_number(assembly, query_lines.file)
     for line in assembly.splitlines():
         if "\t.loc" in line:
-            here = _stems_from(line, query_lines, kernel)
+            here = _stems_from(line, query_lines, number)
         elif found := re.match(r"\s+(?:global|buffer|flat)_(load|store)_(\w+)", line):
             width = _AMD_WIDTHS.get(found[2], 2)
             if found[1] == "store":

@@ -1,4 +1,4 @@
-"""The gradients of the kernel against float64 autograd of the oracle, beside what stock's autograd reaches in the same dtype."""
+"""The kernel's gradients against float64 autograd of the oracle, beside what stock's autograd reaches in the same dtype."""
 
 import re
 from collections.abc import Callable
@@ -326,7 +326,7 @@ def test_double_backward_is_refused(device: torch.device) -> None:
     (first,) = torch.autograd.grad(attend(*leaves).square().sum(), leaves[:1], create_graph=True)
     (plain,) = torch.autograd.grad(attend(*leaves).square().sum(), leaves[:1])
     assert torch.equal(first, plain)
-    with pytest.raises(UnsupportedError, match="double backward: .*eager"):
+    with pytest.raises(UnsupportedError, match=r"double backward: .*eager"):
         first.sum().backward()
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks import disassembly
 
-LINES = range(170, 171)
+LINES = disassembly.Lines("decoupled_attention.py", range(170, 171))
 
 PTX = """
 \t.loc\t2 57 26                         // tiles.py:57:26 @[ decoupled_attention.py:170:69 ]

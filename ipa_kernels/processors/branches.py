@@ -146,8 +146,12 @@ def _keys_and_values(
         if states.shape[0] > 1 and states.stride(0) == 0:
             # the same row over and over; in eager attention a product of fewer rows may differ in its last bits
             rows = states[:1] if runs_kernel(states) else states
-        tokens = rows if use == "text" or use[1] is None else rows[:, use[1]]
-        return _split(to_k(tokens), attn.heads), _split(to_v(tokens), attn.heads)
+
+        def tokens() -> Tensor:
+            return rows if use == "text" or use[1] is None else rows[:, use[1]]
+
+        # like stock, once for each: autograd then sums their gradients in stock's order
+        return _split(to_k(tokens()), attn.heads), _split(to_v(tokens()), attn.heads)
 
     return remember(states, (layer, use, attn.heads), lambda: pure_state(to_k, to_v), project)
 
