@@ -130,7 +130,7 @@ def backward_entries(archs: list[str], dtypes: list[str], head_dims: list[int], 
     for arch in archs:
         turn = 0
         for row in (row for row in launch_table_backward.TABLE if arch in row.archs):
-            dims = [d for d in head_dims if launch_table_backward.find(arch, row.bits, d) is row.config]
+            dims = [d for d in head_dims if d in row.head_dims]
             classes = list(backward_classes.hardest(row.config))
             for dtype in (dtype for dtype in dtypes if _bits(dtype) == row.bits):
                 if which == "quick":
@@ -263,7 +263,7 @@ def main() -> int:
     """Print one line per entry; 1 if one is unfit."""
     every_arch = list(launch_table.SHARED_MEMORY)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", default=list(launch_table.COMPILED), choices=every_arch)
+    parser.add_argument("--arch", nargs="+", choices=every_arch)
     parser.add_argument("--dtype", nargs="+", default=["float16", "bfloat16"], choices=DTYPES)
     parser.add_argument("--head-dim", nargs="+", type=int, default=list(HEAD_DIMS))
     amount = parser.add_mutually_exclusive_group()
@@ -275,7 +275,8 @@ def main() -> int:
 
     which = "quick" if arguments.quick else "hardest" if arguments.hardest else "all"
     listed, table = (backward_entries, launch_table_backward) if arguments.backward else (entries, launch_table)
-    asked = list(listed(arguments.arch, arguments.dtype, arguments.head_dim, which))
+    archs = arguments.arch or list(table.COMPILED)
+    asked = list(listed(archs, arguments.dtype, arguments.head_dim, which))
     rows = []
     print("arch      dtype     D    block warps  registers  spill  shared   mma  (min)  instr  occupancy  keys per branch")
     with ProcessPoolExecutor(os.cpu_count()) as pool:
@@ -286,7 +287,7 @@ def main() -> int:
         print(f"{number} entries with over 10 % more matrix instructions than the least: {reason}")
     unfit = sum(bool(row["faults"]) for row in rows)
     print(f"{len(asked)} entries, {unfit} unfit (triton {triton.__version__})")
-    for arch in arguments.arch:
+    for arch in archs:
         for dtype in arguments.dtype:
             print(f"{arch} {dtype}: {'; '.join(table.refusals(arch, _bits(dtype)))}")
     if arguments.json:

@@ -420,6 +420,7 @@ def test_a_launch_passes_what_was_compiled(dtype: torch.dtype, masked: bool, mon
 @pytest.mark.parametrize("bits", [16, 32])
 def test_a_shape_is_either_found_or_refused(arch: str, bits: int) -> None:
     for head_dim in range(8, 264, 8):
-        refused = launch_table_backward.refusal(arch, bits, head_dim)
-        assert (launch_table_backward.find(arch, bits, head_dim) is None) == (refused is not None)
-        assert refused is None or re.search(arch, refused)
+        for image_keys in (0, 16, 17, 10**6):
+            refused = launch_table_backward.refusal(arch, bits, head_dim, image_keys)
+            assert (launch_table_backward.find(arch, bits, head_dim, image_keys) is None) == (refused is not None)
+            assert refused is None or re.search(arch, refused)

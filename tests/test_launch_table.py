@@ -16,7 +16,7 @@ from benchmarks import compile_report
 from benchmarks.disassembly import Count
 from ipa_kernels import UnsupportedError, decoupled_attention
 from ipa_kernels.kernels import launch as kernel
-from ipa_kernels.kernels import launch_table
+from ipa_kernels.kernels import launch_table, launch_table_backward
 from ipa_kernels.ops import support
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +47,21 @@ def test_every_row_compiles_within_the_device(arch: str, tmp_path: Path) -> None
         assert 0 < row["occupancy"] <= 1, row
         if arch in launch_table.MMA:
             assert row["min_mma"] <= row["mma"] <= 1.1 * row["min_mma"], row
+
+
+def test_the_backward_compiles_within_the_devices(tmp_path: Path) -> None:
+    archs = ("sm_80", "sm_90", "sm_100", "gfx942")
+    options = ("--backward", "--quick", "--dtype", "float16", "--head-dim", "64", "--arch", *archs)
+    rows = report("compile_report", *options, folder=tmp_path)["rows"]
+    assert [row["arch"] for row in rows] == list(archs)
+    for row in rows:
+        assert row["pass"] == "backward"
+        assert row["spill_bytes"] <= launch_table_backward.SPILL_BYTES, row
+        assert 0 < row["shared_bytes"] <= launch_table.SHARED_MEMORY[row["arch"]], row
+        assert row["mma"] > 0, row
+        assert row["query_load"] == row["output_store"] == 16, row
+    (on_mma,) = (row for row in rows if row["min_mma"] is not None)
+    assert on_mma["min_mma"] <= on_mma["mma"] <= 1.1 * on_mma["min_mma"]
 
 
 def test_the_cost_of_adapters(tmp_path: Path) -> None:

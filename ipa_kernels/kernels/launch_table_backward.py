@@ -3,42 +3,72 @@
 A thread may spill up to 64 bytes.
 """
 
-from .launch_table import AMPERE, ANY, CDNA, LARGEST_HEAD_DIM, SHARED_MEMORY, SM_120, TCGEN05, WGMMA, LaunchConfig, Row, dims
+from .launch_table import AMPERE, ANY, LARGEST_HEAD_DIM, SHARED_MEMORY, SM_120, TCGEN05, WGMMA, LaunchConfig, Row, dims
 
 SPILL_BYTES = 64
 """What a thread may spill, in bytes."""
 
+COMPILED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+"""What the report compiles; the others share the code of a sibling, as in the forward's table."""
+
+CDNA3 = ("gfx942",)
+
+# The first row that fits wins, by the longest image branch too.
+# LaunchConfig(block_m, block_n, whole_keys, whole_image_keys, ...)
 TABLE = (
-    Row(AMPERE + SM_120 + WGMMA + TCGEN05, 16, dims(8, 64), ANY, LaunchConfig(64, 32, 128, 32, num_warps=4)),
-    Row(CDNA, 16, dims(8, 64), ANY, LaunchConfig(64, 32, 128, 32, num_warps=4, num_stages=1)),
-    Row(AMPERE + SM_120 + WGMMA + TCGEN05 + CDNA, 32, dims(8, 160), ANY, LaunchConfig(32, 32, 80, 32, num_warps=4)),
+    Row(AMPERE, 16, dims(8, 64), ANY, LaunchConfig(64, 32, 128, 32, num_warps=4)),
+    Row(AMPERE, 16, dims(72, 128), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4)),
+    Row(SM_120, 16, dims(8, 64), ANY, LaunchConfig(64, 16, 128, 32, num_warps=4)),
+    Row(SM_120, 16, dims(72, 80), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, max_image_keys=16)),
+    Row(SM_120, 16, dims(88, 128), ANY, LaunchConfig(32, 16, 0, 16, num_warps=4, max_image_keys=16)),
+    Row(WGMMA, 16, dims(8, 64), ANY, LaunchConfig(128, 32, 128, 32, num_warps=8)),
+    Row(WGMMA, 16, dims(72, 80), ANY, LaunchConfig(128, 32, 128, 32, num_warps=8, max_image_keys=32)),
+    Row(WGMMA, 16, dims(72, 128), ANY, LaunchConfig(128, 16, 0, 16, num_warps=8)),
+    Row(TCGEN05, 16, dims(8, 64), ANY, LaunchConfig(128, 32, 128, 32, num_warps=8)),
+    Row(TCGEN05, 16, dims(72, 128), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, max_image_keys=16)),
+    Row(CDNA3, 16, dims(8, 64), ANY, LaunchConfig(64, 16, 128, 32, num_warps=4, num_stages=1)),
+    Row(CDNA3, 16, dims(72, 80), ANY, LaunchConfig(64, 16, 128, 32, num_warps=4, num_stages=1, max_image_keys=32)),
+    Row(CDNA3, 16, dims(88, 160), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, num_stages=1, max_image_keys=16)),
+    # IEEE float32 has no tensor cores and may spill
+    Row(AMPERE + SM_120 + WGMMA + TCGEN05 + CDNA3, 32, dims(8, 80), ANY, LaunchConfig(32, 16, 80, 16, num_warps=4)),
 )
 
 
-def find(arch: str, bits: int, head_dim: int) -> LaunchConfig | None:
-    """The config for elements of `bits` bits on "sm_90" or "gfx942", or None where the table refuses; `refusal` says why."""
+def find(arch: str, bits: int, head_dim: int, image_keys: int = 0) -> LaunchConfig | None:
+    """The config for elements of `bits` bits on "sm_90" or "gfx942", with image branches of up to so many keys, or None where
+    the table refuses; `refusal` says why.
+    """
     for row in TABLE:
-        if arch in row.archs and row.bits == bits and head_dim in row.head_dims:
+        fits = arch in row.archs and row.bits == bits and head_dim in row.head_dims
+        if fits and image_keys <= row.config.max_image_keys:
             return row.config
     return None
 
 
-def refusal(arch: str, bits: int, head_dim: int, lengths: tuple[int, ...] = ()) -> str | None:
-    """Why an architecture does not run the backward of a shape with branches of these lengths, text first, or None where it
-    does.
+def refusal(arch: str, bits: int, head_dim: int, image_keys: int = 0) -> str | None:
+    """Why an architecture does not run the backward of a shape with image branches of this length, in one sentence, or None
+    where it does.
     """
+    if find(arch, bits, head_dim, image_keys) is not None:
+        return None
     rows = [row for row in TABLE if arch in row.archs and row.bits == bits]
     if not rows:
-        archs = sorted({arch for row in TABLE for arch in row.archs}, key=list(SHARED_MEMORY).index)
+        archs = [known for known in SHARED_MEMORY if any(known in row.archs for row in TABLE)]
         return f"device architecture {arch}: not in the backward's launch table ({', '.join(archs)})"
-    config = find(arch, bits, head_dim)
-    if config is None:
+    fitting = [row.config for row in rows if head_dim in row.head_dims]
+    if not fitting:
         limit = max(row.head_dims[-1] for row in rows)
         return f"head dim {head_dim}: above {limit} the backward kernel spills registers on {arch}"
-    return None
+    limit = max(config.max_image_keys for config in fitting)
+    where = f"on {arch} at head dim {head_dim}"
+    return f"{image_keys} image keys: above {limit} the backward kernel spills registers {where}"
 
 
 def refusals(arch: str, bits: int) -> list[str]:
     """What an architecture refuses, as a list to read."""
-    reasons = (refusal(arch, bits, head_dim) for head_dim in range(8, LARGEST_HEAD_DIM + 1, 8))
-    return [reason for reason in reasons if reason is not None]
+    found = []
+    for head_dim in range(8, LARGEST_HEAD_DIM + 1, 8):
+        reason = refusal(arch, bits, head_dim) or refusal(arch, bits, head_dim, ANY)
+        if reason is not None:
+            found.append(reason.replace(f"{ANY} image keys: above", f"head dim {head_dim}: image keys above"))
+    return found

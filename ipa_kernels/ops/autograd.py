@@ -113,7 +113,7 @@ def _launch(
     problem: Problem, gradient: Tensor, keys: tuple[bool, ...], values: tuple[bool, ...], weights: tuple[bool, ...]
 ) -> "Gradients":
     query, kernel = problem.query, backward_module()
-    config = backward_config(query.device, query.dtype, query.shape[3])
+    config = backward_config(problem)
     assert config is not None, "call_reasons was empty"
     return kernel.backward(  # type: ignore[no-any-return]
         gradient,

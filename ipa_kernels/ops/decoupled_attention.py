@@ -58,6 +58,10 @@ def decoupled_attention(
         impl: ``"auto"`` is the kernel on a supported GPU, else eager; ``"triton"`` is the kernel or an error; ``"eager"`` is
             SDPA per branch, in the order of operations of stock diffusers.
 
+    Differentiable in all of its tensors. The gradient of the kernel is a kernel that keeps the inputs alone; it has no gradient
+    of its own. A branch of scale 0 gets a gradient of exactly 0, and gives its scale the true derivative, so that it can learn;
+    then what the branch holds counts.
+
     Returns:
         ``[B, H, M, D]``, stored ``[B, M, H, D]``: transposing back to ``[B, M, H·D]`` is free.
 

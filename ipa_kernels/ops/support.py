@@ -75,12 +75,13 @@ def launch_config(device: torch.device, dtype: torch.dtype, head_dim: int, queri
     return launch_table.find(architecture(device), _BITS[dtype], head_dim, queries)
 
 
-def backward_config(device: torch.device, dtype: torch.dtype, head_dim: int) -> launch_table.LaunchConfig | None:
+def backward_config(problem: Problem) -> launch_table.LaunchConfig | None:
     """The launch parameters of the backward for supported inputs."""
-    kernel = kernel_module()
+    query, kernel = problem.query, kernel_module()
     if kernel is not None and kernel.INTERPRETED:
         return launch_table.INTERPRETED
-    return launch_table_backward.find(architecture(device), _BITS[dtype], head_dim)
+    image_keys = max(problem.lengths[1:], default=0)
+    return launch_table_backward.find(architecture(query.device), _BITS[query.dtype], query.shape[3], image_keys)
 
 
 def layer_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
@@ -194,7 +195,8 @@ def _gradient_reasons(problem: Problem) -> list[str]:
     query, kernel = problem.query, kernel_module()
     if query.device.type != "cuda" or query.dtype not in _BITS or (kernel is not None and kernel.INTERPRETED):
         return []
-    reason = launch_table_backward.refusal(architecture(query.device), _BITS[query.dtype], query.shape[3], problem.lengths)
+    image_keys = max(problem.lengths[1:], default=0)
+    reason = launch_table_backward.refusal(architecture(query.device), _BITS[query.dtype], query.shape[3], image_keys)
     return [] if reason is None else [f'gradient: {reason}; torch.no_grad() or impl="eager" lifts this']
 
 
