@@ -130,7 +130,9 @@ def backward_entries(archs: list[str], dtypes: list[str], head_dims: list[int], 
     for arch in archs:
         turn = 0
         for row in (row for row in launch_table_backward.TABLE if arch in row.archs):
-            dims = [d for d in head_dims if d in row.head_dims]
+            # only what a launch can find: an earlier row may have taken a head dim
+            longest = min(row.config.max_image_keys, backward_classes.LONG)
+            dims = [d for d in head_dims if launch_table_backward.find(arch, row.bits, d, longest) is row.config]
             classes = list(backward_classes.hardest(row.config))
             for dtype in (dtype for dtype in dtypes if _bits(dtype) == row.bits):
                 if which == "quick":

@@ -16,7 +16,8 @@ CDNA3 = ("gfx942",)
 # The first row that fits wins, by the longest image branch too.
 # LaunchConfig(block_m, block_n, whole_keys, whole_image_keys, ...)
 TABLE = (
-    Row(AMPERE, 16, dims(8, 64), ANY, LaunchConfig(64, 32, 128, 32, num_warps=4)),
+    Row(("sm_80",), 16, dims(8, 64), ANY, LaunchConfig(64, 32, 128, 32, num_warps=4)),
+    Row(AMPERE, 16, dims(8, 64), ANY, LaunchConfig(128, 32, 128, 32, num_warps=8)),
     Row(AMPERE, 16, dims(72, 128), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4)),
     Row(SM_120, 16, dims(8, 64), ANY, LaunchConfig(64, 16, 128, 32, num_warps=4)),
     Row(SM_120, 16, dims(72, 80), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, max_image_keys=16)),
