@@ -12,8 +12,8 @@ ceil16(head dim), per query; a loop counts one block of keys and the rest after 
 in instructions of the mean size that was used, or on tcgen05 the fewest instructions; an excess there is named, not judged.
 
 --backward compiles the backward kernel instead, with its own table. It may spill up to 64 bytes per thread and load queries by
-8 bytes; the width of its stores is not judged, nor is its minimum: three products per key, five where a loop walks over the keys
-twice, and one more for each of dK and dV.
+8 bytes; the width of its stores is not judged, nor is its minimum: three products per key, five where a loop walks over the
+keys twice, and one more for each of dK and dV.
 """
 
 import argparse
