@@ -57,8 +57,18 @@ class Core(nn.Module):
 @pytest.mark.parametrize("impl", ["triton", "auto"])
 def test_opcheck(impl: str, dtype: torch.dtype) -> None:
     query, key, value, keys, values = draw(dtype=dtype)
-    some = query, [key, *keys], [value, *values], torch.tensor([[0.5, 0.0]]), [None, torch.rand(1, 40)], 0.25, True, impl
-    none = query, [key], [value], None, [], 0.25, True, impl
+    some = (
+        query,
+        [key, *keys],
+        [value, *values],
+        torch.tensor([[0.5, 0.0]]),
+        [torch.rand(1, 40)],
+        [False, True],
+        0.25,
+        True,
+        impl,
+    )
+    none = query, [key], [value], None, [], [], 0.25, True, impl
     for arguments in (some, none):
         torch.library.opcheck(OP, arguments)
 
@@ -97,14 +107,32 @@ def test_a_branch_of_scale_0_is_left_out_by_selection() -> None:
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_gradient_in_a_graph_is_eager() -> None:
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_gradients_in_a_graph(impl: str) -> None:
+    """Of everything that may have one: the backward kernel is an op of its own."""
     query, key, value, keys, values = draw()
-    query.requires_grad_()
-    scales = torch.tensor([0.5, 0.8])
-    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    (found,) = torch.autograd.grad(compiled(query, key, value, keys, values, scales, None, "auto").square().sum(), query)
-    (expected,) = torch.autograd.grad(attend(query, key, value, keys, values, scales, None, "eager").square().sum(), query)
-    torch.testing.assert_close(found, expected)
+    scales, mask = torch.tensor([0.5, 0.8]), torch.rand(40)
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value, *keys, *values, scales, mask)]
+
+    def loss(impl: str) -> Tensor:
+        return attend(query, key, value, keys, values, scales, [None, mask], impl).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    found, expected = (torch.autograd.grad(run(kind), leaves) for run, kind in ((compiled, impl), (loss, "eager")))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("needed", ["query", "keys", "scales", "nothing"])
+def test_only_the_gradients_that_are_asked_for(needed: str) -> None:
+    query, key, value, keys, values = draw()
+    scales = torch.tensor([[0.5, 0.8]])
+    for tensor in {"query": [query], "keys": [*keys, *values], "scales": [scales], "nothing": []}[needed]:
+        tensor.requires_grad_()
+    arguments = query, [key, *keys], [value, *values], scales, [torch.rand(1, 40)], [False, True], 0.25, True, "triton"
+    torch.library.opcheck(OP, arguments)
+    out = OP(*arguments)
+    assert out.requires_grad == (needed != "nothing")
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 
 import torch
@@ -37,6 +37,19 @@ class Problem:
         scales = (self.scales,) if isinstance(self.scales, Tensor) else ()
         masks = (m for m in (*self.masks, self.attn_mask) if m is not None)
         return (self.query, *self.keys, *self.values, *scales, *masks)
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "Problem":
+        """The same with others in their places, in the order of `tensors()`."""
+        rest = iter(tensors)
+        return replace(
+            self,
+            query=next(rest),
+            keys=tuple(next(rest) for _ in self.keys),
+            values=tuple(next(rest) for _ in self.values),
+            scales=next(rest) if isinstance(self.scales, Tensor) else self.scales,
+            masks=tuple(None if mask is None else next(rest) for mask in self.masks),
+            attn_mask=None if self.attn_mask is None else next(rest),
+        )
 
 
 def check_arguments(

@@ -25,10 +25,18 @@ T = TypeVar("T")
 
 def attend(launch: "Launch", problem: Problem) -> Tensor:
     """What the launch returns that was made for the problem; differentiable once."""
-    scales = None if isinstance(problem.scales, Tensor) else problem.scales
-    form = _Form(len(problem.keys), scales, tuple(mask is not None for mask in problem.masks), problem.softmax_scale)
-    out: Tensor = _Attention.apply(launch, form, *problem.tensors())  # type: ignore[no-untyped-call]
+    out: Tensor = _Attention.apply(launch, _form(problem), *problem.tensors())  # type: ignore[no-untyped-call]
     return out
+
+
+def gradients(problem: Problem, needed: Sequence[bool], gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """A gradient, or None where it is not needed, for each of the problem's tensors."""
+    return _gradients(_form(problem), problem.tensors(), tuple(needed), gradient)
+
+
+def _form(problem: Problem) -> "_Form":
+    scales = None if isinstance(problem.scales, Tensor) else problem.scales
+    return _Form(len(problem.keys), scales, tuple(mask is not None for mask in problem.masks), problem.softmax_scale)
 
 
 @dataclass(frozen=True)

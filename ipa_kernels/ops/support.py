@@ -31,7 +31,6 @@ _BITS = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32}
 
 
 _BIAS = "attn_mask: the kernel takes no bias on the text branch"
-_GRADIENT = "gradient: an input requires grad, and the kernel has no backward in a graph; torch.no_grad() lifts this"
 
 
 @functools.cache
@@ -157,7 +156,7 @@ def call_reasons(problem: Problem) -> list[str]:
     if query.shape[0] > 65535:
         reasons.append(f"batch {query.shape[0]}: a GPU grid ends at 65535")
     if needs_gradient(problem):
-        reasons += _gradient_reasons(problem)
+        reasons += _backward_reasons(query.device, query.dtype, query.shape[3], max(problem.lengths[1:], default=0))
     if torch.autograd.forward_ad._current_level >= 0:
         reasons.append("forward-mode differentiation: the kernel has no tangents; leaving its dual level lifts this")
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -174,29 +173,31 @@ def call_reasons(problem: Problem) -> list[str]:
 
 
 @_settled_when_traced
-def _device_reasons(device: torch.device, dtype: torch.dtype, head_dim: int, impl: str) -> tuple[str, ...]:
+def _device_reasons(device: torch.device, dtype: torch.dtype, head_dim: int, impl: str, gradient: bool) -> tuple[str, ...]:
     reasons = layer_reasons(device, dtype, head_dim)
-    return (*reasons, *automatic_reasons(device, dtype)) if impl == "auto" else tuple(reasons)
+    if impl == "auto":
+        reasons += automatic_reasons(device, dtype)
+    if gradient and not reasons:
+        reasons += _backward_reasons(device, dtype, head_dim, 0)
+    return tuple(reasons)
 
 
 def graph_reasons(problem: Problem, impl: str) -> list[str]:
     """Why a graph that is traced now has no kernel in it. Sizes and strides may be symbols: the op looks at them later."""
     query = problem.query
-    reasons = [*_device_reasons(query.device, query.dtype, operator.index(query.shape[3]), impl)]
+    head_dim = operator.index(query.shape[3])
+    reasons = [*_device_reasons(query.device, query.dtype, head_dim, impl, needs_gradient(problem))]
     if problem.attn_mask is not None:
         reasons.append(_BIAS)
-    if needs_gradient(problem):
-        reasons.append(_GRADIENT)
     return reasons
 
 
-def _gradient_reasons(problem: Problem) -> list[str]:
-    """Why the backward kernel cannot run this call."""
-    query, kernel = problem.query, kernel_module()
-    if query.device.type != "cuda" or query.dtype not in _BITS or (kernel is not None and kernel.INTERPRETED):
+def _backward_reasons(device: torch.device, dtype: torch.dtype, head_dim: int, image_keys: int) -> list[str]:
+    """Why the backward kernel cannot run where the forward's can."""
+    kernel = kernel_module()
+    if device.type != "cuda" or dtype not in _BITS or (kernel is not None and kernel.INTERPRETED):
         return []
-    image_keys = max(problem.lengths[1:], default=0)
-    reason = launch_table_backward.refusal(architecture(query.device), _BITS[query.dtype], query.shape[3], image_keys)
+    reason = launch_table_backward.refusal(architecture(device), _BITS[dtype], head_dim, image_keys)
     return [] if reason is None else [f'gradient: {reason}; torch.no_grad() or impl="eager" lifts this']
 
 
