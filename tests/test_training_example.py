@@ -113,14 +113,15 @@ def stock(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-# "triton" belongs here when the kernel has a backward
-@pytest.mark.parametrize("impl", ["eager"])
+@pytest.mark.parametrize("impl", ["eager", pytest.param("triton", marks=pytest.mark.slow)])
 def test_ours_learns_as_stock_does(impl: str, stock: Path, pictures: Path, tmp_path: Path) -> None:
     options = ["--accelerated", "--impl", impl, "--steps", str(STEPS), "--validate-every", "50"]
     ours, theirs = train(pictures, tmp_path, *options, "--checkpoint-every", str(STEPS)), metrics(stock)
     assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
     if impl == "eager":
         assert losses(ours) == losses(theirs), "eager attention on a CPU is stock's, bit for bit"
+    # Adam makes much of small differences: its first steps are as long for any gradient
+    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-3)
     for rows in (ours, theirs):
         validated = [row["validation_loss"] for row in rows if "validation_loss" in row]
         assert len(validated) == 4

@@ -212,3 +212,24 @@ def test_a_layer_trains_whichever_input_needs_it(needs: tuple[bool, bool, bool])
         processors.take_over(processor, "layer", processors.Session(impl, cache=True), [])
         assert all(check(actual, gradient) for actual, gradient in zip(run(), expected, strict=True))
         assert processor._ipa_layer.impl == impl
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton"])
+def test_in_a_compiled_graph(impl: str) -> None:
+    """The kernel and its backward are one op each; the eager twin is differentiated by the compiler."""
+    torch._dynamo.reset()
+    ours, theirs = build("sd", ("base", "plus")), build("sd", ("base", "plus"))
+    for pipe in (ours, theirs):
+        only_adapters(pipe.unet)
+    ipa_kernels.enable(ours, impl=impl)
+    compiled = torch.compile(ours.unet, fullgraph=True, backend="aot_eager")
+    embeds = [torch.randn(1, 1, tiny.IMAGE_EMBED_DIM), torch.randn(1, 1, 9, tiny.IMAGE_EMBED_DIM)]
+    noise, text = torch.randn(1, 4, 8, 8), torch.randn(1, 7, tiny.CROSS_ATTENTION_DIM)
+    gradients = []
+    for unet, called in ((ours.unet, compiled), (theirs.unet, theirs.unet)):
+        called(noise, 7, text, added_cond_kwargs={"image_embeds": embeds}).sample.square().mean().backward()
+        named = unet.named_parameters()
+        gradients.append({name: parameter.grad for name, parameter in named if parameter.grad is not None})
+    assert_close(*gradients)
+    assert impls(ours.unet) == {"eager" if impl == "auto" else "triton"}
+    torch._dynamo.reset()

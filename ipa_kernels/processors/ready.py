@@ -135,14 +135,15 @@ def photograph(*reads: Any) -> Photo | None:
 
 def keep(
     memory: Memory, layer: Layer, attn: Attention, inputs: tuple[Any, ...], photo: Photo, problem: Problem, impl: str
-) -> None:
-    """Keep a call for as long as its inputs live: text, images and masks."""
+) -> Ready | None:
+    """Keep a call for as long as its inputs live: text, images and masks. None where something is in doubt."""
     text, images, masks = inputs
     try:
         ready = Ready(photo, problem, impl, layer.reason)
     except Doubtful:
-        return
+        return None
     memory.keep_call(text, (*images, *(mask for mask in masks or () if mask is not None)), (layer, id(attn)), ready)
+    return ready
 
 
 def _settings(attn: Any) -> tuple[Any, ...]:

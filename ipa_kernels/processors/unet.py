@@ -114,7 +114,9 @@ class _Fused:
             return replaced()
         layer.record(chosen, reasons)
         if memory is not None and photo is not None and memory.unkept == unkept and photo.is_still(*reads):
-            keep(memory, layer, attn, inputs, photo, problem, chosen)
+            ready = keep(memory, layer, attn, inputs, photo, problem, chosen)
+            if ready is not None and query is not None:
+                return _project_out(attn, ready.attend(query))
         return _project_out(attn, _merge(run(problem, chosen)))
 
     def __setattr__(self, name: str, value: Any) -> None:
