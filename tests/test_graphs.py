@@ -20,7 +20,7 @@ from ipa_kernels import graphs
 from .test_compiled import MASKED, PLAIN, as_stock
 from .zoo.adapters import load
 from .zoo.controls import Control, binary
-from .zoo.generate import generate
+from .zoo.generate import arguments, generate
 from .zoo.pipelines import build
 
 
@@ -170,6 +170,7 @@ def test_prepare_refills_what_graphs_read(recorded: list[int]) -> None:
     graphed, twin = pair(names=("base",))
     as_stock(graphed, twin, ("base",), Control())
     held = ipa_kernels.watch.of(graphed.unet).buffers
+    ipa_kernels.prepare(graphed, **arguments(graphed, ("base",), seed=9))
     as_stock(graphed, twin, ("base",), Control(), seed=9)
     assert ipa_kernels.watch.of(graphed.unet).buffers is held
     assert len(recorded) == 1
@@ -248,6 +249,8 @@ def test_twenty_replays_on_a_gpu() -> None:
     for seed in range(10):
         masks = [binary(seed=seed)] * 2
         control = Control(scales=lambda n, seed=seed: [[0.1 * seed]] * n, masks=lambda n, rows, masks=masks: masks)
+        if seed % 3 == 1:
+            ipa_kernels.prepare(graphed, **arguments(graphed, names, control, seed=seed, generator=None))
         outcomes = []
         for pipe in (graphed, twin):
             pipe.set_ip_adapter_scale(control.scales(2))
