@@ -71,8 +71,18 @@ def close(result: Tensor, expected: Tensor) -> None:
     assert error < 2e-5, f"relative error {error}"
 
 
-@pytest.mark.parametrize("names", [("base",), ("base", "plus")], ids="+".join)
-@pytest.mark.parametrize("kind", KINDS)
+SLOW = (("sdxl", 1), ("animatediff", 2), ("kolors", 2))
+"""Kinds and numbers of adapters that `make test` leaves to `make test-slow`: others show the same."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        pytest.param(kind, names, marks=pytest.mark.slow if (kind, len(names)) in SLOW else (), id=f"{kind}-{'+'.join(names)}")
+        for kind in KINDS
+        for names in (("base",), ("base", "plus"))
+    ],
+)
 def test_what_changes_during_a_generation_is_data(kind: str, names: tuple[str, ...]) -> None:
     """One graph without masks and one with: scales to 0, to integers, per image and per layer, images, prompts and masks."""
     compiled, twin = build(kind, names), build(kind, names)
@@ -99,7 +109,7 @@ def test_other_ways_to_compile(how: Callable[..., None]) -> None:
             as_stock(compiled, twin, ("base",), control, seed=seed)
 
 
-@pytest.mark.parametrize("impl", ["auto", "triton"])
+@pytest.mark.parametrize("impl", [pytest.param("auto", marks=pytest.mark.slow), "triton"])
 def test_inductor(impl: str) -> None:
     """The kernel, in Triton's interpreter, and the eager twin inside a graph of the default backend."""
     compiled, twin = build("sd", ("base", "plus")), build("sd", ("base", "plus"))
@@ -134,7 +144,7 @@ def test_the_kernel_in_a_whole_graph() -> None:
 
 def test_two_sizes_in_one_process() -> None:
     compiled, twin = build("sd", ("base",)), build("sd", ("base",))
-    ipa_kernels.enable(compiled, impl="triton")
+    ipa_kernels.enable(compiled)
     whole(compiled, backend="eager", dynamic=False)
     for size in (8, 12):
         as_stock(compiled, twin, ("base",), MASKED[0], size=size)

@@ -47,7 +47,7 @@ def spoil(pipe: Any) -> None:
             tensor.fill_(float("nan"))
 
 
-@pytest.mark.parametrize("kind", ["sd", "animatediff", "kolors"])
+@pytest.mark.parametrize("kind", ["sd", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("animatediff", "kolors"))])
 def test_a_graph_reads_the_buffers_and_they_follow(kind: str) -> None:
     """Prompts, images, scales and masks that change: the graph that was compiled first stays the only one."""
     compiled, twin = pair(kind)
