@@ -4,6 +4,7 @@ A graph holds addresses and numbers: those of weights, of what `Buffers` keeps, 
 a kernel. It is replayed only while everything that went into it is as it was (`fingerprint`).
 """
 
+import operator
 import types
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .fingerprint import Fingerprint
+from .fingerprint import Fingerprint, hooked
 from .integration import enable, explain, unet_of, watch_module
+from .ops import UnsupportedError
+from .ops.support import allows_tf32
 from .report import GraphReport, Report
 
 GRAPHS = 8
@@ -60,13 +63,24 @@ def graphed(target: Any) -> Report:
 
 
 class Captured(NamedTuple):
-    """A graph: what replays it, the tensors that it reads and those that it writes; fingerprint: what it was captured from."""
+    """A graph: what replays it, the tensors that it reads and those that it writes, and what it was captured from.
+
+    tables: the tensors of the scales of each layer, beside what the fingerprint has.
+    """
 
     replay: Callable[[], None]
     inputs: list[Tensor]
     outputs: Any
     fingerprint: Fingerprint
     buffers: Any
+    tables: list[Tensor]
+
+    def addresses_are_still(self, state: Any) -> bool:
+        """Whether all that it reads is where it was."""
+        if self.buffers is not state.buffers or not self.fingerprint.addresses_are_still():
+            return False
+        now = _tables(state)
+        return len(now) == len(self.tables) and all(map(operator.is_, now, self.tables))
 
 
 class Graphs:
@@ -106,8 +120,9 @@ class Graphs:
             self.reason = "an argument of the UNet is neither a plain value nor a tensor on its device"
             return run(*arguments, **options)
         entry = self._captured.get(key)
-        if entry is not None and not (entry.buffers is state.buffers and entry.fingerprint.addresses_are_still()):
-            entry = self._captured.pop(key) and None
+        if entry is not None and not entry.addresses_are_still(state):
+            del self._captured[key]
+            entry = None
             self.reason = "weights, modules or buffers are others than when the graph was captured: it is captured anew"
         if entry is None:
             return self._first_or_second(state, unet, run, arguments, options, key, leaves, structure)
@@ -139,9 +154,19 @@ class Graphs:
                 return run(*arguments, **options)
             # kernels are compiled and workspaces allocated before anything is captured
             self._captured[key] = None
-            with state.captured():
+            try:
+                with state.captured():
+                    return run(*arguments, **options)
+            except UnsupportedError as error:
+                self.reason = f"the step cannot be captured: {error}"
                 return run(*arguments, **options)
-        own = [leaf.clone() if _is_tensor(leaf) else leaf for leaf in leaves]
+        place = hooked(unet)
+        if place is not None:
+            self.reason = f"hooks on {place}: a replay would not run them"
+            return run(*arguments, **options)
+        with torch.inference_mode(False):
+            # those that are made in inference mode could not be written to outside
+            own = [torch.empty_like(leaf).copy_(leaf) if _is_tensor(leaf) else leaf for leaf in leaves]
         masks = (options.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
 
         def record() -> Any:
@@ -158,7 +183,8 @@ class Graphs:
         except Exception as error:
             self.reason = f"the step cannot be captured: {error}"
             return run(*arguments, **options)
-        self._captured[key] = Captured(replay, [leaf for leaf in own if _is_tensor(leaf)], outputs, fingerprint, state.buffers)
+        inputs = [leaf for leaf in own if _is_tensor(leaf)]
+        self._captured[key] = Captured(replay, inputs, outputs, fingerprint, state.buffers, _tables(state))
         replay()
         self.replays += 1
         return pytree.tree_map_only(Tensor, torch.clone, outputs)
@@ -192,9 +218,17 @@ def _reason(state: Any, unet: Any, arguments: tuple[Any, ...], options: dict[str
         return "gradients: torch.no_grad() lifts this"
     if torch.compiler.is_compiling() or unet._compiled_call_impl is not None:
         return "torch.compile: a compiled UNet is captured by mode='reduce-overhead'"
+    if len(arguments) > 3:
+        return "more than three positional arguments of the UNet: keywords lift this"
+    if not all(layer.table.is_data for layer in state.layers()):
+        return "adapter scales that are not numbers, or do not fit the masks: such steps are not captured"
     if not state.session.is_prepared:
         return "prompt, images or masks of other sizes than the generation began with, or none: such steps are not captured"
     return ""
+
+
+def _tables(state: Any) -> list[Tensor]:
+    return [layer.table.tensor for layer in state.layers()]
 
 
 def _is_tensor(leaf: Any) -> bool:
@@ -240,5 +274,5 @@ def _key(state: Any, structure: Any, leaves: list[Any], options: dict[str, Any])
             return None
     masks = (options.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
     autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-    precision = torch.get_float32_matmul_precision()
-    return (str(structure), tuple(parts), masks is None, autocast, precision, state.session.impl)
+    modes = allows_tf32(device), torch.is_inference_mode_enabled()
+    return (str(structure), tuple(parts), masks is None, autocast, modes, state.session.impl)

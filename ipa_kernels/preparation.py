@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from .integration import OFF, enable, explain, unet_of, watch_module
+from .integration import OFF, disable, enable, explain, unet_of, watch_module
 from .report import Report
 
 _ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -26,7 +27,8 @@ def prepare(pipe: Any, **arguments: Any) -> Report:
     Args:
         pipe: a diffusers pipeline with a UNet and an IP-Adapter; it is enabled where it is not yet.
         arguments: those of `pipe(...)`. The pipeline runs with them up to its first step: text and images are encoded, nothing
-            is drawn. The states of `generator` and of torch's own generators are put back.
+            is drawn. The states of `generator` and of torch's own generators are put back. Not for a callback of the same
+            pipeline: its scheduler would begin anew.
 
     Returns:
         A `Report`; `prepared` is the size of the buffers in bytes.
@@ -47,14 +49,20 @@ def prepare(pipe: Any, **arguments: Any) -> Report:
     watch = watch_module()
     if not watch.is_loaded(unet):
         raise ValueError("pipe: expected a pipeline with an IP-Adapter, got one without; load_ip_adapter comes first")
-    if watch.of(unet) is None:
+    was_enabled = watch.of(unet) is not None
+    if not was_enabled:
         enable(pipe)
     state = watch.of(unet)
-    with watch.SWITCH:
-        state.take_over_new(unet, [])
-    with torch.no_grad(), _left_alone(pipe, arguments.get("generator")):
-        given, options = watch.first_step(lambda: pipe(**arguments))
-        _fill(state, unet, given, options)
+    try:
+        with watch.SWITCH:
+            state.take_over_new(unet, [])
+        with torch.no_grad(), _left_alone(pipe, unet, arguments.get("generator")):
+            given, options = watch.first_step(lambda: pipe(**arguments))
+            _fill(state, unet, given, options)
+    except BaseException:
+        if not was_enabled:
+            disable(pipe)
+        raise
     return explain(pipe)
 
 
@@ -72,35 +80,41 @@ def _fill(state: Any, unet: Any, given: tuple[Any, ...], options: dict[str, Any]
     watch = watch_module()
     inputs = watch.Inputs.of(watch.named(given, options))
     if inputs is None:
-        raise ValueError("ip_adapter_image: expected one entry for each adapter; the UNet was given none, or not as a list")
-    state.follow(inputs.sample.device)
-    buffers = state.buffers
-    if buffers is not None and buffers.are_current():
-        misfit = buffers.misfit(inputs)
-        if misfit is not None:
-            raise ValueError(f"{misfit}; clear_cache(pipe) drops the buffers, graphs are then compiled anew")
-        buffers.begin(inputs, anew=True)
-        buffers.end()
-    else:
-        buffers = watch.Buffers(unet, inputs)
-        state.drop_buffers()
-        state.buffers = buffers
-        buffers.hand_out()
-    if inputs.sample.device.type == "cuda":
-        # one step as eager calls run it, and one as graphs do: they differ where a scale is 0; kernels are compiled on the way
-        unet.forward(*given, **options)
-        state.session.is_prepared = buffers.begin(inputs, anew=False)
-        try:
+        raise ValueError(
+            "arguments: expected an ip_adapter_image for each adapter, and no scale of LoRAs in cross_attention_kwargs "
+            "(set_adapters sets it to stay); the UNet was given something else"
+        )
+    state.turn.take()
+    try:
+        buffers = state.buffers
+        if buffers is not None and buffers.are_current():
+            misfit = buffers.misfit(inputs)
+            if misfit is not None:
+                raise ValueError(f"{misfit}; clear_cache(pipe) drops the buffers, graphs are then compiled anew")
+            buffers.fit(inputs, anew=True)
+        else:
+            buffers = watch.Buffers(unet, state.places, inputs)
+            state.drop_buffers()
+            state.buffers = buffers
+            buffers.hand_out()
+        if inputs.sample.device.type == "cuda":
+            # as eager calls run a step and as graphs do: they differ where a scale is 0. Kernels are compiled on the way
+            _run(unet, given, options)
             with state.captured():
-                unet.forward(*given, **options)
-        finally:
-            state.session.is_prepared = False
-            buffers.end()
+                _run(unet, given, options)
+    finally:
+        state.turn.give()
+
+
+def _run(unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """A step with its hooks, not compiled; with lists of its own, which diffusers empties while it runs."""
+    unet._call_impl(*given, **pytree.tree_map(lambda leaf: leaf, options))
 
 
 @contextmanager
-def _left_alone(pipe: Any, generators: Any) -> Iterator[None]:
-    """Random numbers, progress bar and offloading are afterwards as before."""
+def _left_alone(pipe: Any, unet: Any, generators: Any) -> Iterator[None]:
+    """Random numbers, progress bar, attention processors and offloading are afterwards as before."""
+    processors = dict(unet.attn_processors)
     generators = generators if isinstance(generators, list) else [] if generators is None else [generators]
     states = [generator.get_state() for generator in generators]
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
@@ -111,6 +125,9 @@ def _left_alone(pipe: Any, generators: Any) -> Iterator[None]:
             yield
     finally:
         pipe._progress_bar_config = bar
+        if any(unet.attn_processors[name] is not processor for name, processor in processors.items()):
+            # perturbed attention guidance puts others in their places while it runs
+            unet.set_attn_processor(processors)
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
         pipe.maybe_free_model_hooks()

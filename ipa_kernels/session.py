@@ -16,14 +16,14 @@ from .scales import Table
 class Session:
     """Shared by what was taken over in one UNet: the options, the reasons warned about, the memory, and the modules.
 
-    device: where the tables of scales are; is_prepared: whether what the layers hold is what the step that runs was given;
-    is_captured: whether a CUDA graph is recorded from the step that runs.
+    is_stepping: whether a step runs whose scales are in the tables; is_prepared: whether what the layers hold is what the step
+    that runs was given; is_captured: whether a CUDA graph is recorded from the step that runs.
     """
 
     def __init__(self, impl: str, cache: bool) -> None:
         self.impl = impl
         self.cache = cache
-        self.device = torch.device("cpu")
+        self.is_stepping = False
         self.is_prepared = False
         self.is_captured = False
         self.warned: set[str] = set()
@@ -56,14 +56,13 @@ class Held(NamedTuple):
 class Layer:
     """What one processor remembers: its place, and what its last call ran.
 
-    table: its scales as data; found: the list of scales that was there before; held: None where nothing was prepared.
+    table: its scales as data; held: None where nothing was prepared.
     """
 
     def __init__(self, name: str, session: Session) -> None:
         self.name = name
         self.session = session
-        self.table = Table(session.device)
-        self.found: Any = None
+        self.table = Table()
         self.held: Held | None = None
         self.impl: str | None = None
         self.reason = ""

@@ -1,9 +1,10 @@
 """What `enable` leaves on a UNet: one attribute and two hooks, which take over what is loaded later and open the memory."""
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import MethodType
+from types import FrameType, MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from .processors import projections
 from .processors import unet as families
 from .processors.buffers import Buffers, Inputs
 from .session import Session
+from .turn import Turn, is_running
 
 _STATE = "_ipa_kernels"
 
@@ -27,7 +29,7 @@ SWITCH = threading.RLock()
 
 
 _THREAD = threading.local()
-"""Of each thread: whether its next step is to be stopped, and the steps that it is in, each with the buffers that it reads."""
+"""Of each thread: whether its next step is to be stopped, and the steps that it is in: (watch, holds the turn, its frame)."""
 
 
 class Stopped(BaseException):
@@ -80,6 +82,10 @@ class Places:
                 parent = child
         self._links = list(links.values())
 
+    def on_the_way(self) -> Iterator[tuple[str, nn.Module]]:
+        """(name within its parent, module) of each module between the UNet and its attentions, these included."""
+        return ((name, child) for _, name, child in self._links)
+
     def are_current(self) -> bool:
         """Whether the same modules are still in their places; cheap enough for every step."""
         return all(modules.get(name) is child for modules, name, child in self._links)
@@ -89,8 +95,10 @@ class Watch:
     """The state of an enabled UNet.
 
     base: the options of `enable`, None where only `accelerated` blocks are open; blocks: the options of those, oldest first;
-    buffers: what was prepared, if anything; graphs: of `graphed`, None where it is off; is_closed: disabled, perhaps by another
-    thread in the middle of a step, which then takes over nothing more.
+    buffers: what was prepared, if anything; graphs: of `graphed`, None where it is off; turn: held by a step while there is one
+    of these, and by whoever changes them; running: steps; loose: those that began when there was none, beside which no other
+    reads buffers;
+    is_closed: disabled, perhaps by another thread in the middle of a step, which then takes over nothing more.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -101,6 +109,9 @@ class Watch:
         self.handles: list[Any] = []
         self.buffers: Buffers | None = None
         self.graphs: Any = None
+        self.turn = Turn()
+        self.running = 0
+        self.loose = 0
         self.is_closed = False
 
     def attach(self, unet: nn.Module) -> None:
@@ -121,6 +132,12 @@ class Watch:
             handle.remove()
         self.handles = []
         self.is_closed = True
+        steps = getattr(_THREAD, "steps", [])
+        for entry in [entry for entry in steps if entry[0] is self]:
+            # the hook that ends a step of this thread is gone
+            steps.remove(entry)
+            self._close(entry[1])
+        self.turn.end()
         self.graphs = None
         if getattr(vars(unet).get("forward"), "__func__", None) is forward:
             del vars(unet)["forward"]
@@ -135,7 +152,8 @@ class Watch:
     def before(self, unet: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """A step begins."""
         if not torch.compiler.is_compiling():
-            self._begin(unet, arguments, options, get_eval_frame_callback() is None)
+            # the frame of the call of the UNet, which calls its hooks
+            self._begin(unet, arguments, options, get_eval_frame_callback() is None, sys._getframe(1))
 
     @skip
     def after(self, *arguments: Any) -> None:
@@ -144,37 +162,85 @@ class Watch:
             self._end()
 
     @disable  # type: ignore[untyped-decorator]
-    def _begin(self, unet: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], is_eager: bool) -> None:
+    def _begin(
+        self, unet: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], is_eager: bool, frame: FrameType
+    ) -> None:
         if getattr(_THREAD, "stops", False):
             raise Stopped(arguments, options)
         session = self.session
         if is_eager:
             self.take_over_new(unet, [])
         step = named(arguments, options)
-        sample = step.get("sample")
-        if isinstance(sample, Tensor):
-            self.follow(sample.device)
         follows = False
-        if session.cache:
+        if session.cache and not session.is_captured:
             images = (step.get("added_cond_kwargs") or {}).get("image_embeds")
             tensors = [step.get("encoder_hidden_states"), *(images if isinstance(images, list) else [images])]
             follows = session.memory.enter(step.get("timestep"), tuple(map(id, tensors)))
-        inputs = Inputs.of(step)
+        self._open(frame)
+        self._write_scales(step)
+        if _THREAD.steps[-1][1] and not self.loose:
+            self._refill(unet, arguments, step, follows)
+
+    def _open(self, frame: FrameType) -> None:
+        """Wait for the turn, where there is something to take turns for."""
+        steps = getattr(_THREAD, "steps", [])
+        for entry in [entry for entry in steps if not is_running(entry[2])]:
+            # interrupted in a way that torch runs no hooks for
+            steps.remove(entry)
+            entry[0]._close(entry[1])
+        with SWITCH:
+            is_alone = self.buffers is not None or self.graphs is not None
+            self.loose += not is_alone
+            self.running += 1
+        if is_alone:
+            self.turn.take(frame)
+        _THREAD.steps = [*steps, (self, is_alone, frame)]
+
+    def _refill(self, unet: nn.Module, arguments: tuple[Any, ...], step: dict[str, Any], follows: bool) -> None:
+        """Let the step that begins read the buffers, if they can hold what it was given."""
+        inputs = Inputs.of(step) if len(arguments) <= len(_STEP) else None
         if self.graphs is not None and inputs is not None and not follows and self.graphs.takes(inputs.sample.device):
             self._renew(unet, inputs)
-        buffers = self.buffers
-        if buffers is not None:
-            session.is_prepared = buffers.begin(inputs, anew=not follows)
-            # kept for `_end`: another thread may drop them in the middle of this step
-            _THREAD.steps = [*getattr(_THREAD, "steps", []), (self, buffers)]
+        if self.buffers is not None:
+            self.session.is_prepared = self.buffers.fit(inputs, anew=not follows)
+
+    def _write_scales(self, step: dict[str, Any]) -> None:
+        """Bring the tables of scales up to date, for the masks of this step."""
+        sample = step.get("sample")
+        if type(sample) is not Tensor or sample.is_meta:
+            return
+        masks = (step.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
+        for attention in self.places.attentions.values():
+            layer = getattr(attention.processor, "__dict__", {}).get("_ipa_layer")
+            if layer is not None:
+                layer.table.follow(vars(attention.processor).get("scale"), masks, sample.device)
+        self.session.is_stepping = True
+
+    def layers(self) -> list[Any]:
+        """What the processors that were taken over remember, in the order of the modules."""
+        processors = (attention.processor for attention in self.places.attentions.values())
+        found = (getattr(processor, "__dict__", {}).get("_ipa_layer") for processor in processors)
+        return [layer for layer in found if layer is not None]
 
     @disable  # type: ignore[untyped-decorator]
     def _end(self) -> None:
         self.session.memory.leave()
         steps = getattr(_THREAD, "steps", [])
         if steps and steps[-1][0] is self:
-            self.session.is_prepared = False
-            steps.pop()[1].end()
+            self._close(steps.pop()[1])
+
+    def _close(self, is_alone: bool) -> None:
+        if is_alone:
+            if self.buffers is not None:
+                self.buffers.end()
+            if self.turn.depth <= 1:
+                self.session.is_prepared = False
+            self.turn.give()
+        with SWITCH:
+            self.loose -= not is_alone
+            self.running -= 1
+            if self.running == 0:
+                self.session.is_stepping = False
 
     def _renew(self, unet: nn.Module, inputs: Inputs) -> None:
         """A generation begins, to be captured: buffers of its sizes, where those that are there do not fit."""
@@ -182,7 +248,7 @@ class Watch:
         if torch.is_grad_enabled() or (buffers is not None and buffers.are_current() and buffers.misfit(inputs) is None):
             return
         try:
-            new = Buffers(unet, inputs)
+            new = Buffers(unet, self.places, inputs)
         except (TypeError, ValueError, RuntimeError):
             # for the step to refuse, in diffusers' words
             return
@@ -192,11 +258,15 @@ class Watch:
 
     def drop_buffers(self) -> None:
         """Forget what was prepared, and the graphs that read it."""
-        buffers, self.buffers = self.buffers, None
-        if buffers is not None:
-            buffers.drop()
-        if self.graphs is not None:
-            self.graphs.drop()
+        self.turn.take()
+        try:
+            buffers, self.buffers = self.buffers, None
+            if buffers is not None:
+                buffers.drop()
+            if self.graphs is not None:
+                self.graphs.drop()
+        finally:
+            self.turn.give()
 
     @contextmanager
     def captured(self) -> Iterator[None]:
@@ -207,16 +277,6 @@ class Watch:
                 yield
         finally:
             self.session.is_captured = False
-
-    def follow(self, device: torch.device) -> None:
-        """Let the tables of scales follow the UNet to another device."""
-        if device == self.session.device:
-            return
-        self.session.device = device
-        for module in list(self.session.taken):
-            layer = vars(module).get("_ipa_layer")
-            if layer is not None and layer.session is self.session:
-                layer.table.to(device)
 
     def take_over_new(self, unet: nn.Module, undo: list[Callable[[], None]]) -> None:
         """Take over every stock module of an IP-Adapter; `undo` collects, in the order of the changes, what reverts each."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -182,15 +183,76 @@ def test_an_adapter_loaded_behind_a_graph_runs_stock_until_the_next_enable() -> 
     assert {layer.impl for layer in ipa_kernels.explain(compiled).layers} == {"eager"}
 
 
-def test_scales_that_diffusers_refuses_make_no_picture() -> None:
-    """A graph cannot raise where a list of scales meets no masks, as diffusers does; what it computes is not a number."""
-    compiled = build("sd", ("base",))
+@pytest.mark.parametrize("scales", [[[0.5, 0.7]], [["loud"]], [[0.5, 0.7, 0.9]]], ids=str)
+def test_scales_that_diffusers_refuses_are_refused(scales: Any) -> None:
+    """By diffusers' own code, which is traced for them: they are no data."""
+    compiled, twin = build("sd", ("base",)), build("sd", ("base",))
     ipa_kernels.enable(compiled)
     whole(compiled, backend="eager")
-    compiled.set_ip_adapter_scale([0.7])
-    assert not generate(compiled, ("base",)).isnan().any()
+    as_stock(compiled, twin, ("base",), Control())
+    control = Control() if len(scales[0]) == 2 else MASKED[0]
+    for pipe in (twin, compiled):
+        pipe.set_ip_adapter_scale(scales)
+        with pytest.raises(
+            (TypeError, ValueError, IndexError, torch._dynamo.exc.TorchRuntimeError, torch._dynamo.exc.Unsupported)
+        ):
+            generate(pipe, ("base",), control)
+    as_stock(compiled, twin, ("base",), Control())
+
+
+@pytest.mark.parametrize(
+    "scale", [np.float64(0.3), np.float32(0.3), True, torch.tensor(0.3)], ids=lambda scale: type(scale).__name__
+)
+def test_scales_that_are_no_python_numbers(scale: Any) -> None:
+    compiled, twin = build("sd", ("base",)), build("sd", ("base",))
+    ipa_kernels.enable(compiled)
+    whole(compiled, backend="eager")
+    for one in (0.7, scale, 0.1):
+        for pipe in (compiled, twin):
+            pipe.set_ip_adapter_scale(one)
+        if isinstance(one, Tensor):
+            continue  # stock's `scale == 0` breaks the graph
+        close(generate(compiled, ("base",)), generate(twin, ("base",)))
+
+
+def test_the_list_of_scales_stays_the_users() -> None:
+    """One list for all layers, that its owner goes on to write to: eager and compiled."""
+    pipes = compiled, eager, twin = [build("sd", ("base",)) for _ in range(3)]
+    for pipe in (compiled, eager):
+        ipa_kernels.enable(pipe)
+    unets = [pipe.unet for pipe in pipes]
+    whole(compiled, backend="eager")
+    shared = [0.7]
+    for unet in unets:
+        for processor in unet.attn_processors.values():
+            if hasattr(processor, "scale"):
+                processor.scale = shared
+    generate(compiled, ("base",))
     with torch._dynamo.config.patch(error_on_recompile=True):
-        compiled.set_ip_adapter_scale([[0.5, 0.7]])
-        assert generate(compiled, ("base",)).isnan().all()
-        compiled.set_ip_adapter_scale([[0.0, 0.0]])
-        assert not generate(compiled, ("base",)).isnan().any()
+        shared[0] = 0.1
+        expected = generate(twin, ("base",))
+        close(generate(compiled, ("base",)), expected)
+        close(generate(eager, ("base",)), expected)
+    ipa_kernels.disable(compiled)
+    processors = unets[0].attn_processors.values()
+    assert all(processor.scale is shared for processor in processors if hasattr(processor, "scale"))
+
+
+def test_inside_another_compiled_function() -> None:
+    """The hooks are in the graph as well: scales are compiled in, as in stock."""
+    unet, twin = build("sd", ("base",)).unet, build("sd", ("base",)).unet
+    ipa_kernels.enable(unet)
+    inputs = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 77, 64)
+    embeds = {"image_embeds": [torch.randn(1, 1, 32)]}
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def call(*arguments: Tensor) -> Tensor:
+        return unet(*arguments, added_cond_kwargs=embeds).sample * 2
+
+    for scale in (0.7, 0.2, 0.0):
+        for each in (unet, twin):
+            for processor in each.attn_processors.values():
+                if hasattr(processor, "scale"):
+                    processor.scale[0] = scale
+        with torch.no_grad():
+            close(call(*inputs), twin(*inputs, added_cond_kwargs=embeds).sample * 2)

@@ -9,6 +9,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ import ipa_kernels
 from ipa_kernels import graphs
 
 from .test_compiled import MASKED, PLAIN, as_stock
+from .test_prepare import step_with_loras
 from .zoo.adapters import load
 from .zoo.controls import Control, binary
 from .zoo.generate import arguments, generate
@@ -145,11 +147,17 @@ def another_adapter(pipe: Any) -> None:
     pipe.set_ip_adapter_scale([0.7, 0.7])
 
 
+def class_forward(pipe: Any) -> None:
+    """Of one class that the UNet alone has."""
+    module = pipe.unet.mid_block.resnets[0].nonlinearity
+    module.__class__ = type("SiLU", (torch.nn.SiLU,), {"forward": lambda self, rows: torch.relu(rows)})
+
+
 def lora(pipe: Any) -> None:
     pipe.unet.mid_block.attentions[0].proj_in.forward = lambda rows: rows * 0.3
 
 
-CHANGES = [other_weight, moved_weight, written_weight, free_u, hook, setting, processors, another_adapter, lora]
+CHANGES = [other_weight, moved_weight, written_weight, free_u, hook, setting, processors, another_adapter, class_forward, lora]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -162,8 +170,8 @@ def test_what_changes_is_not_replayed_as_it_was(change: Callable[[Any], None], r
     for seed in (1, 2):
         as_stock(graphed, twin, ("base", "plus"), Control(), seed=seed)
     assert not torch.equal(generate(twin, ("base", "plus"), Control()), before), "makes no difference: proves nothing"
-    # a graph reads what was written into a weight; anything else is not in it
-    assert len(recorded) == (1 if change is written_weight else 2)
+    # a graph reads what was written into a weight, and where there are hooks none is captured; anything else is not in it
+    assert len(recorded) == (1 if change in (written_weight, hook, lora) else 2)
 
 
 def test_prepare_refills_what_graphs_read(recorded: list[int]) -> None:
@@ -209,6 +217,43 @@ def test_what_cannot_be_captured_runs_and_says_why() -> None:
     as_stock(graphed, twin, ("base",), Control())
     assert ipa_kernels.explain(graphed).graphs == (0, 0, "device cpu: CUDA graphs need a CUDA GPU")
     assert "graphs: 0 captured, 0 replays; last step not replayed: device cpu" in str(ipa_kernels.explain(graphed))
+
+
+@pytest.mark.parametrize("scale", [torch.tensor(0.3), [0.3, 0.4]], ids=["tensor", "list"])
+def test_scales_that_are_no_data_are_not_replayed(scale: Any, recorded: list[int]) -> None:
+    graphed, twin = pair(names=("base",))
+    as_stock(graphed, twin, ("base",), Control())
+    if isinstance(scale, Tensor):
+        as_stock(graphed, twin, ("base",), Control(scales=lambda n: scale))
+    else:
+        for pipe in (graphed, twin):
+            pipe.set_ip_adapter_scale([scale])
+            with pytest.raises(TypeError):
+                generate(pipe, ("base",))
+    assert recorded == [1]
+    as_stock(graphed, twin, ("base",), Control(), seed=4)
+    assert recorded == [3]
+
+
+def test_numbers_of_numpy_are_data(recorded: list[int]) -> None:
+    graphed, twin = pair(names=("base",))
+    for scale in np.linspace(0, 1, 4):
+        as_stock(graphed, twin, ("base",), Control(scales=lambda n, scale=scale: scale))
+    assert len(recorded) == 1
+
+
+def test_the_scale_of_loras_is_not_captured_in_keys(recorded: list[int]) -> None:
+    """`cross_attention_kwargs={"scale": s}` scales the LoRAs of to_k while the UNet runs."""
+    from peft import LoraConfig
+
+    graphed, twin = pair(names=("base",))
+    for pipe in (graphed, twin):
+        torch.manual_seed(0)
+        pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_q"], init_lora_weights=False))
+        pipe.set_ip_adapter_scale(0.7)
+    for scale in (1.0, 0.4, 0.4, 0.4, 0.0, 0.0, 1.0, 1.0):
+        found, expected = (step_with_loras(pipe, scale) for pipe in (graphed, twin))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_failed_capture_runs_as_ever(recorded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

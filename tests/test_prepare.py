@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 
 import ipa_kernels
@@ -251,3 +252,145 @@ def test_eager_steps_are_as_ever() -> None:
         for each in (pipe, twin):
             each.set_ip_adapter_scale(control.scales(2))
         assert torch.equal(generate(pipe, BOTH, control), generate(twin, BOTH, control))
+
+
+def hook_on_the_unet(pipe: Any, change: Any) -> None:
+    def edit(module: Any, given: Any, options: Any) -> Any:
+        return given, options | {"encoder_hidden_states": change(options["encoder_hidden_states"])}
+
+    getattr(pipe.unet, "_orig_mod", pipe.unet).register_forward_pre_hook(edit, with_kwargs=True)
+
+
+def forward_of_the_unet(pipe: Any, change: Any) -> None:
+    unet = getattr(pipe.unet, "_orig_mod", pipe.unet)
+    inner = unet.forward
+    unet.forward = lambda *given, **options: inner(
+        *given, **options | {"encoder_hidden_states": change(options["encoder_hidden_states"])}
+    )
+
+
+def hook_on_a_layer(pipe: Any, change: Any) -> None:
+    def edit(module: Any, given: Any, options: Any) -> Any:
+        text, images = options["encoder_hidden_states"]
+        return given, options | {"encoder_hidden_states": (change(text), images)}
+
+    unet = getattr(pipe.unet, "_orig_mod", pipe.unet)
+    unet.mid_block.attentions[0].transformer_blocks[0].attn2.register_forward_pre_hook(edit, with_kwargs=True)
+
+
+@pytest.mark.parametrize("place", [hook_on_the_unet, forward_of_the_unet, hook_on_a_layer], ids=lambda place: place.__name__)
+def test_a_prompt_that_someone_changes_on_the_way(place: Any) -> None:
+    compiled, twin = pair("sd", ("base",))
+    prepare(compiled, ("base",))
+    compiled.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    as_stock(compiled, twin, ("base",), Control())
+    for pipe in (compiled, twin):
+        place(pipe, lambda text: text * 1.5)
+    as_stock(compiled, twin, ("base",), Control())
+    ipa_kernels.clear_cache(compiled)
+    with pytest.raises(ValueError, match="expected a UNet without hooks around its layers"):
+        prepare(compiled, ("base",))
+
+
+def step_with_loras(pipe: Any, scale: float) -> Tensor:
+    """A step of the UNet alone: the pipeline would look for LoRAs of a text encoder."""
+    random = torch.Generator().manual_seed(0)
+    noise, text = (torch.randn(shape, generator=random) for shape in ((2, 4, 8, 8), (2, 77, 64)))
+    options = {
+        "added_cond_kwargs": {"image_embeds": [torch.randn(2, 1, 32, generator=random)]},
+        "cross_attention_kwargs": {"scale": scale},
+    }
+    with torch.no_grad():
+        return pipe.unet(noise, 5, text, **options).sample
+
+
+def test_the_scale_of_loras() -> None:
+    compiled, twin = pair("sd", ("base",))
+    for pipe in (compiled, twin):
+        torch.manual_seed(0)
+        pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_q"], init_lora_weights=False))
+        pipe.set_ip_adapter_scale(0.7)
+    prepare(compiled, ("base",))
+    compiled.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    for scale in (1.0, 0.4, 0.0):
+        found, expected = (step_with_loras(pipe, scale) for pipe in (compiled, twin))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_attention_that_was_exchanged() -> None:
+    compiled, twin = pair("sd", ("base",))
+    prepare(compiled, ("base",))
+    compiled.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    for pipe in (compiled, twin):
+        block = pipe.unet.mid_block.attentions[0].transformer_blocks[0]
+        processor = block.attn2.processor
+        block.attn2 = copy.deepcopy(block.attn2)
+        block.attn2.processor = processor
+        with torch.no_grad():
+            block.attn2.to_k.weight.mul_(2)
+    as_stock(compiled, twin, ("base",), Control())
+
+
+def test_masks_by_position() -> None:
+    compiled, twin = pair("sd", ("base",))
+    prepare(compiled, ("base",))
+    compiled.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    noise, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 64)
+    added = {"image_embeds": [torch.randn(2, 1, 32)]}
+    with torch.no_grad():
+        for masks in (None, {"ip_adapter_masks": [torch.rand(1, 1, 16, 16)]}):
+            found, expected = (
+                pipe.unet(noise, 5, text, None, None, None, masks, added_cond_kwargs=added).sample for pipe in (compiled, twin)
+            )
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_interrupt_in_a_step_holds_up_nobody() -> None:
+    """torch runs no hooks for a KeyboardInterrupt: the next step of the thread cleans up, and one in another thread runs."""
+    pipe, twin = pair("sd", ("base",))
+    for each in (pipe, twin):
+        each.set_ip_adapter_scale(0.7)
+    prepare(pipe, ("base",))
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        handle = pipe.unet.mid_block.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            generate(pipe, ("base",))
+        handle.remove()
+
+    expected = generate(twin, ("base",), seed=3)
+    interrupted()
+    assert torch.equal(generate(pipe, ("base",), seed=3), expected)
+    # a thread that ends without another step
+    thread = threading.Thread(target=interrupted)
+    thread.start()
+    thread.join()
+    assert torch.equal(generate(pipe, ("base",), seed=3), expected)
+
+
+def test_disable_in_the_middle_of_a_step() -> None:
+    pipe, twin = pair("sd", ("base",))
+    prepare(pipe, ("base",))
+    handle = pipe.unet.mid_block.register_forward_pre_hook(lambda *arguments: ipa_kernels.disable(pipe))
+    generate(pipe, ("base",))
+    handle.remove()
+    assert not any(entry for entry in getattr(watch._THREAD, "steps", []))
+    as_stock(pipe, twin, ("base",), Control())
+
+
+def test_perturbed_attention_leaves_its_processors_as_they_were() -> None:
+    pipe = build("pag", ("base",))
+    before = {name: type(processor) for name, processor in pipe.unet.attn_processors.items()}
+    ipa_kernels.prepare(pipe, **arguments(pipe, ("base",)))
+    ipa_kernels.disable(pipe)
+    assert {name: type(processor) for name, processor in pipe.unet.attn_processors.items()} == before
+
+
+def test_a_prepare_that_fails_enables_nothing() -> None:
+    pipe = build("sd", ("base",))
+    with pytest.raises(ValueError, match="prompt"):
+        ipa_kernels.prepare(pipe)
+    assert not ipa_kernels.explain(pipe).enabled

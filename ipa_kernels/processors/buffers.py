@@ -5,7 +5,6 @@ A graph cannot ask whether the prompt that it was given is the one that it knows
 longer fits.
 """
 
-import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from diffusers import UNetMotionModel
 from torch import Tensor, nn
 from torch._dynamo import mark_static_address
 
-from ..conditioning import Snapshot, State, is_plain
+from ..conditioning import Snapshot, State, is_hooked, is_plain
 from ..session import Held, Layer
 from . import branches, projections
 
@@ -36,7 +35,11 @@ class Inputs(NamedTuple):
         """From the arguments of a UNet's forward by name; None where they are not of the usual kind."""
         text, sample = named.get("encoder_hidden_states"), named.get("sample")
         images = (named.get("added_cond_kwargs") or {}).get("image_embeds")
-        masks = (named.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
+        options = named.get("cross_attention_kwargs") or {}
+        masks = options.get("ip_adapter_masks")
+        if options.get("scale") not in (None, 1):
+            # the UNet scales the weights of its LoRAs with it, for as long as it runs
+            return None
         if not isinstance(text, Tensor) or not isinstance(sample, Tensor) or not isinstance(images, list):
             return None
         if not all(isinstance(image, Tensor) for image in images):
@@ -53,12 +56,23 @@ class Inputs(NamedTuple):
 
 
 class Buffers:
-    """The buffers of one UNet; a step has them to itself from `begin` to `end`, another thread's step waits."""
+    """The buffers of one UNet. Whoever reads or changes them holds the turn of its `Watch`.
 
-    def __init__(self, unet: Any, inputs: Inputs) -> None:
+    places: the attention layers of the UNet by name, and the modules on the way to them. Raises ValueError where something else
+    takes part in a call of one of those: it may change what a layer is given, or where weights are.
+    """
+
+    def __init__(self, unet: Any, places: Any, inputs: Inputs) -> None:
         self._unet = unet
-        self._turn = threading.RLock()
-        self._layers = list(_layers(unet))
+        self._places = places
+        self._layers = list(_layers(places))
+        hooked = self._hooked()
+        if hooked is not None:
+            raise ValueError(
+                f"pipe: expected a UNet without hooks around its layers, got one on {hooked} (offloading adds such)"
+            )
+        if len({id(processor) for _, processor, _ in self._layers}) < len(self._layers):
+            raise ValueError("pipe: expected a processor of its own for each attention, got one that is shared")
         self._signature = _signature(inputs)
         self._known: list[Snapshot] = []
         self._state: State | None = None
@@ -93,39 +107,45 @@ class Buffers:
 
     def are_current(self) -> bool:
         """Whether the layers are still those that the buffers were made for."""
-        return all(
+        return self._places.are_current() and all(
             attention.processor is processor and vars(processor).get("_ipa_layer") is layer
             for attention, processor, layer in self._layers
         )
 
-    def begin(self, inputs: Inputs | None, anew: bool) -> bool:
-        """Whether the step that begins may read the buffers: they hold what it was given. `end` must follow.
+    def fit(self, inputs: Inputs | None, anew: bool) -> bool:
+        """Whether the step that begins may read the buffers: they hold what it was given.
 
         anew: compute everything again, whatever is known.
         """
-        self._turn.acquire()
-        try:
-            if inputs is None or torch.is_grad_enabled() or self.misfit(inputs) is not None or not self.are_current():
-                return False
-            if anew or not self._is_known(inputs):
-                if self._used is not None:
-                    # the step before may still read them, perhaps on another stream
-                    torch.cuda.current_stream(inputs.sample.device).wait_event(self._used)
-                self._fill(inputs)
-            elif _queries(self._unet, inputs) - self._sizes.keys():
-                self._fill_masks(inputs)
-            return True
-        except BaseException:
-            self._turn.release()
-            raise
+        if inputs is None or torch.is_grad_enabled() or self.misfit(inputs) is not None:
+            return False
+        if not self.are_current() or self._hooked() is not None:
+            return False
+        if self._used is not None:
+            # the step before may still read them, perhaps on another stream
+            torch.cuda.current_stream(inputs.sample.device).wait_event(self._used)
+        if anew or not self._is_known(inputs):
+            self._fill(inputs)
+        elif _queries(self._unet, inputs) - self._sizes.keys():
+            self._fill_masks(inputs)
+        return True
 
     def end(self) -> None:
-        """The step has ended."""
+        """A step has ended that may have read them."""
         device = self._held[0].keys[0].device
         if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             self._used = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._used.record(torch.cuda.current_stream(device))
-        self._turn.release()
+
+    def _hooked(self) -> str | None:
+        """The name of a module on the way to a layer in whose call something else takes part: hooks, a forward of its own."""
+        own = vars(self._unet)
+        # one pre-hook is ours, and so is a forward that replays graphs
+        if len(self._unet._forward_pre_hooks) > 1 or "_hf_hook" in own or "_diffusers_hook" in own:
+            return "the UNet"
+        if "forward" in own and own["forward"].__module__ != "ipa_kernels.watch":
+            return "the UNet"
+        return next((name for name, module in self._places.on_the_way() if is_hooked(module)), None)
 
     def drop(self) -> None:
         """Take the buffers away from the layers."""
@@ -146,7 +166,7 @@ class Buffers:
         state = self._state_of_all()
         snapshots = [Snapshot(tensor) for tensor in inputs.tensors()] if all(map(is_plain, inputs.tensors())) else []
         with torch.no_grad():
-            for held, pairs in zip(self._held, self._compute(inputs), strict=True):
+            for held, pairs in zip(self._held, list(self._compute(inputs)), strict=True):
                 for key, value, (new_key, new_value) in zip(held.keys, held.values, pairs, strict=True):
                     key.copy_(new_key)
                     value.copy_(new_value)
@@ -183,13 +203,12 @@ class Buffers:
         return projections.state_with_ours(modules)
 
 
-def _layers(unet: Any) -> Iterator[tuple[Any, Any, Layer]]:
+def _layers(places: Any) -> Iterator[tuple[Any, Any, Layer]]:
     """(attention, processor, layer) of everything that was taken over."""
-    for attention in unet.modules():
-        processor = getattr(attention, "processor", None) if hasattr(attention, "set_processor") else None
-        layer = None if processor is None else vars(processor).get("_ipa_layer")
+    for attention in places.attentions.values():
+        layer = getattr(attention.processor, "__dict__", {}).get("_ipa_layer")
         if layer is not None:
-            yield attention, processor, layer
+            yield attention, attention.processor, layer
 
 
 def _layer_inputs(unet: Any, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:

@@ -21,7 +21,6 @@ from ..conditioning import active
 from ..ops import UnsupportedError
 from ..ops.decoupled_attention import choose, record, run
 from ..ops.support import automatic_reasons, layer_reasons
-from ..scales import tell, untold
 from ..session import Layer, Session, is_recorded
 from . import branches
 from .ready import find, keep, photograph
@@ -119,12 +118,6 @@ class _Fused:
                 return _project_out(attn, ready.attend(query))
         return _project_out(attn, _merge(run(problem, chosen)))
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        layer: Layer | None = vars(self).get("_ipa_layer")
-        if name == "scale" and layer is not None:
-            tell(self, layer.table)
-
     @staticmethod
     def softmax_scale(attn: Attention) -> float | None:
         """The factor of the scores; None is 1/sqrt(head dim)."""
@@ -156,21 +149,27 @@ def _record(
     No value of a scale is looked at: it would be compiled in. Nothing is counted: this runs once, when the graph is recorded.
     """
     impl = layer.session.impl
-    scales = [None] * layer.table.tensor.shape[0] if layer.table.is_data else processor.scale
+    # where the hook before the step is in the graph too, a scale is what it is for this code: compiled in
+    is_data = layer.session.is_stepping and layer.table.is_data
+    scales = [None] * layer.table.tensor.shape[0] if is_data else processor.scale
     reasons = _class_reasons(kind, masks)
     reasons += unusual(processor, attn, hidden_states, states, attention_mask, masks, scales)
-    if not layer.table.is_data:
-        reasons.append("adapter scale: not a number or a list of numbers, which alone can be data of a graph")
     chosen = "stock"
     if not reasons:
         query = attn.to_q(hidden_states)
+        inputs = *states, masks
+        scale = kind.softmax_scale(attn)
         try:
-            problem = branches.graph_problem(layer, processor, attn, query, (*states, masks), kind.softmax_scale(attn))
+            if is_data:
+                problem = branches.graph_problem(layer, processor, attn, query, inputs, scale)
+            else:
+                problem = branches.problem(layer, processor, attn, query, inputs, scale, lambda states: False)
             chosen, reasons = choose(problem, impl)
         except UnsupportedError:
             raise
-        except (TypeError, ValueError) as error:
-            reasons = [f"unusual input: {error}"]
+        except (TypeError, ValueError):
+            # what they say is no constant, which a graph's reason must be
+            reasons = ["unusual input, which a step that is not compiled names"]
     if chosen == "eager" and not kind.eager_is_exact:
         chosen = "stock"
     if chosen == "stock" and impl == "triton":
@@ -267,32 +266,26 @@ def session_of(processor: Any) -> Session | None:
 
 def take_over(processor: nn.Module, name: str, session: Session, undo: list[Callable[[], None]]) -> None:
     """Make a processor one of this session; `undo` gets what reverts that, before anything is changed."""
-    kind, layer, scale = type(processor), vars(processor).get("_ipa_layer"), vars(processor).get("scale")
+    kind, layer = type(processor), vars(processor).get("_ipa_layer")
 
     def revert() -> None:
         session.taken.discard(processor)
         processor.__class__ = kind
         vars(processor).pop("_ipa_layer", None)
-        vars(processor)["scale"] = scale
         if layer is not None:
             vars(processor)["_ipa_layer"] = layer
 
     undo.append(revert)
     session.taken.add(processor)
-    ours = Layer(name, session)
-    ours.found = scale if layer is None else layer.found
-    vars(processor)["_ipa_layer"] = ours
+    vars(processor)["_ipa_layer"] = Layer(name, session)
     processor.__class__ = FUSED.get(kind, kind)
-    tell(processor, ours.table)
 
 
 def give_back(processor: nn.Module) -> None:
-    """Make a processor of ours a stock one again, with its own list of scales."""
+    """Make a processor of ours a stock one again."""
     if type(processor) in STOCK:
         processor.__class__ = STOCK[type(processor)]
-    layer = vars(processor).pop("_ipa_layer", None)
-    if layer is not None:
-        vars(processor)["scale"] = untold(processor, layer.found)
+    vars(processor).pop("_ipa_layer", None)
 
 
 def is_adapter(processor: object) -> bool:
