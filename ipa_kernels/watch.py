@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from torch._dynamo.decorators import disable, skip
+from torch._dynamo.decorators import disable
+from torch._dynamo.eval_frame import skip_code
 
 from .ops import UnsupportedError
 from .processors import projections
@@ -147,15 +148,13 @@ class Watch:
         hooks = (unet._forward_pre_hooks, unet._forward_hooks)
         return len(self.handles) == 2 and all(handle.id in there for handle, there in zip(self.handles, hooks, strict=True))
 
-    # Around a compiled UNet the hooks run outside its graph. Skipped, they are not compiled as graphs of their own.
-    @skip
+    # Around a compiled UNet the hooks run outside its graph: see the end of this file.
     def before(self, unet: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """A step begins."""
         if not torch.compiler.is_compiling():
             # the frame of the call of the UNet, which calls its hooks
             self._begin(unet, arguments, options, get_eval_frame_callback() is None, sys._getframe(1))
 
-    @skip
     def after(self, *arguments: Any) -> None:
         """A step has ended, whether it returned or raised."""
         if not torch.compiler.is_compiling():
@@ -339,3 +338,8 @@ def adapter_layers(unet: Any) -> Iterator[tuple[str, Any]]:
     for name, attention in Places(unet).attentions.items():
         if families.is_adapter(attention.processor) or (loaded and families.expects_adapter(name)):
             yield name, attention
+
+
+# Not compiled as graphs of their own around a compiled UNet; within another compiled function they are traced.
+for _hook in (Watch.before, Watch.after):
+    skip_code(_hook.__code__)

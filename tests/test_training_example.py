@@ -113,21 +113,26 @@ def stock(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.mark.parametrize("impl", ["eager", pytest.param("triton", marks=pytest.mark.slow)])
-def test_ours_learns_as_stock_does(impl: str, stock: Path, pictures: Path, tmp_path: Path) -> None:
-    options = ["--accelerated", "--impl", impl, "--steps", str(STEPS), "--validate-every", "50"]
+def test_ours_learns_as_stock_does(stock: Path, pictures: Path, tmp_path: Path) -> None:
+    options = ["--accelerated", "--steps", str(STEPS), "--validate-every", "50"]
     ours, theirs = train(pictures, tmp_path, *options, "--checkpoint-every", str(STEPS)), metrics(stock)
     assert [row["step"] for row in ours] == list(range(1, STEPS + 1))
-    if impl == "eager":
-        assert losses(ours) == losses(theirs), "eager attention on a CPU is stock's, bit for bit"
-    # Adam makes much of small differences: its first steps are as long for any gradient
-    assert losses(ours) == pytest.approx(losses(theirs), rel=1e-3)
+    assert losses(ours) == losses(theirs), "eager attention on a CPU is stock's, bit for bit"
     for rows in (ours, theirs):
         validated = [row["validation_loss"] for row in rows if "validation_loss" in row]
         assert len(validated) == 4
         assert validated == sorted(validated, reverse=True), "the loss over fixed noise goes down"
         # each step has noise of its own: by 40 steps each, the means are known to half a percent
         assert sum(losses(rows)[-40:]) < 0.98 * sum(losses(rows)[:40])
+
+
+@pytest.mark.slow
+def test_the_kernel_learns_as_stock_does(stock: Path, pictures: Path, tmp_path: Path) -> None:
+    """In Triton's interpreter, where a step takes seconds: some steps, each of which sees what the ones before have learnt."""
+    steps = 12
+    ours = train(pictures, tmp_path, "--accelerated", "--impl", "triton", "--steps", str(steps))
+    # Adam makes much of small differences: its first steps are as long for any gradient
+    assert losses(ours) == pytest.approx(losses(metrics(stock))[:steps], rel=1e-3)
 
 
 def test_the_adapter_makes_the_same_picture_in_a_stock_pipeline(stock: Path, pictures: Path) -> None:
