@@ -370,8 +370,11 @@ def test_what_the_table_refuses_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(launch, "INTERPRETED", False)
     query = torch.empty(1, 1, 8, 64, device="meta", dtype=torch.float16)
     problem = support.Problem(query, (query,), (query,), (), (), None, 0.1)
+    on_cuda = replace(problem, query=_OnCuda(query))  # type: ignore[arg-type]
+    monkeypatch.setattr(support, "needs_gradient", lambda problem: False)
+    assert support.call_reasons(on_cuda) == []
     monkeypatch.setattr(support, "needs_gradient", lambda problem: True)
-    (reason,) = support._gradient_reasons(replace(problem, query=_OnCuda(query)))  # type: ignore[arg-type]
+    (reason,) = support.call_reasons(on_cuda)
     assert reason.startswith("gradient: device architecture gfx1100: not in the backward's launch table (sm_80")
 
 
