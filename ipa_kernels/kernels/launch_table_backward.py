@@ -59,11 +59,19 @@ def refusal(arch: str, bits: int, head_dim: int, image_keys: int = 0) -> str | N
         return f"device architecture {arch}: not in the backward's launch table ({', '.join(archs)})"
     fitting = [row.config for row in rows if head_dim in row.head_dims]
     if not fitting:
-        limit = max(row.head_dims[-1] for row in rows)
-        return f"head dim {head_dim}: above {limit} the backward kernel spills registers on {arch}"
+        known = _listed(sorted({known for row in rows for known in row.head_dims}))
+        return f"head dim {head_dim}: the backward's launch table has {known} on {arch}, in {bits} bits"
     limit = max(config.max_image_keys for config in fitting)
-    where = f"on {arch} at head dim {head_dim}"
-    return f"{image_keys} image keys: above {limit} the backward kernel spills registers {where}"
+    return f"{image_keys} image keys: the backward's launch table has up to {limit} on {arch} at head dim {head_dim}"
+
+
+def _listed(head_dims: list[int]) -> str:
+    """As in "40 to 64, 80"."""
+    found = []
+    for first in (d for d in head_dims if d - 8 not in head_dims):
+        last = next(d for d in range(first, LARGEST_HEAD_DIM + 1, 8) if d + 8 not in head_dims)
+        found.append(str(first) if first == last else f"{first} to {last}")
+    return ", ".join(found)
 
 
 def refusals(arch: str, bits: int) -> list[str]:
@@ -72,5 +80,5 @@ def refusals(arch: str, bits: int) -> list[str]:
     for head_dim in range(8, LARGEST_HEAD_DIM + 1, 8):
         reason = refusal(arch, bits, head_dim) or refusal(arch, bits, head_dim, ANY)
         if reason is not None:
-            found.append(reason.replace(f"{ANY} image keys: above", f"head dim {head_dim}: image keys above"))
+            found.append(reason.replace(f"{ANY} image keys:", "more image keys:"))
     return found
