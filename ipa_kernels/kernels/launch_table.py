@@ -5,6 +5,7 @@ Every row is compiled for its architectures without a GPU, at every head dim and
 docs/decisions/0002-launch-table.md. No row has been timed on a GPU yet.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 LARGEST_HEAD_DIM = 256
@@ -38,7 +39,7 @@ class Row:
 
     archs: tuple[str, ...]
     bits: int
-    head_dims: range
+    head_dims: Sequence[int]
     queries: int
     config: LaunchConfig
 
