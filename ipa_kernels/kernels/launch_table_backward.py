@@ -19,7 +19,7 @@ TABLE = (
     Row(("sm_80",), 16, (40, 64), ANY, LaunchConfig(64, 32, 128, 32, num_warps=4)),
     Row(AMPERE, 16, (40, 64), ANY, LaunchConfig(128, 32, 128, 32, num_warps=8)),
     Row(AMPERE, 16, (80, 128), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4)),
-    Row(SM_120, 16, (40, 64), ANY, LaunchConfig(64, 16, 128, 32, num_warps=4)),
+    Row(SM_120, 16, (40, 64), ANY, LaunchConfig(64, 16, 96, 32, num_warps=4)),
     Row(SM_120, 16, (80,), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, max_image_keys=16)),
     Row(SM_120, 16, (128,), ANY, LaunchConfig(32, 16, 0, 16, num_warps=4, max_image_keys=16)),
     Row(WGMMA, 16, (40, 64), ANY, LaunchConfig(128, 32, 128, 32, num_warps=8)),
