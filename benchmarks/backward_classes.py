@@ -23,13 +23,15 @@ def everything(branches: int) -> Wanted:
 
 
 def hardest(config: LaunchConfig) -> Iterator[Class]:
-    """Lengths that reach every path of a config, at its limits."""
+    """Lengths that reach every path of a config, at its limits and a key below: a tile that is not full may spill more."""
     text, image = config.whole_keys, config.whole_image_keys
     if text and image:
         yield (text, image, image, image), of_images(4)
         yield (text, image, image, image), everything(4)
+        yield (text - 1, image - 1, image - 1, image - 1), everything(4)
     if image:
         yield (LONG, image, image, image), everything(4)
+        yield (LONG, image - 1, image - 1, image - 1), everything(4)
     if config.max_image_keys >= LONG:
         yield (LONG, LONG, LONG), everything(3)
 
