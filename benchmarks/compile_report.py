@@ -146,7 +146,8 @@ def backward_entries(archs: list[str], dtypes: list[str], head_dims: list[int], 
                     for lengths, wanted in classes:
                         yield Entry(arch, dtype, head_dim, lengths, True, row.config, wanted)
                     for lengths, wanted in backward_classes.used(row.config) if which == "all" else ():
-                        if head_dim in USED_HEAD_DIMS:
+                        found = launch_table_backward.find(arch, row.bits, head_dim, max(lengths[1:]))
+                        if head_dim in USED_HEAD_DIMS and found is row.config:
                             yield Entry(arch, dtype, head_dim, lengths, False, row.config, wanted)
 
 
