@@ -13,7 +13,7 @@ COMPILED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
 CDNA3 = ("gfx942",)
 
-# The first row that fits wins, by the longest image branch too.
+# The first row that fits wins, by the longest image branch too. In 16 bits only head dims that the report has compiled.
 # LaunchConfig(block_m, block_n, whole_keys, whole_image_keys, ...)
 TABLE = (
     Row(("sm_80",), 16, (40, 64), ANY, LaunchConfig(64, 32, 128, 32, num_warps=4)),
@@ -31,7 +31,7 @@ TABLE = (
     Row(CDNA3, 16, (40, 64), ANY, LaunchConfig(64, 16, 128, 32, num_warps=4, num_stages=1)),
     Row(CDNA3, 16, (80,), ANY, LaunchConfig(64, 16, 128, 32, num_warps=4, num_stages=1, max_image_keys=32)),
     Row(CDNA3, 16, (128, 160), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, num_stages=1, max_image_keys=16)),
-    # IEEE float32 has no tensor cores and may spill
+    # IEEE float32 has no tensor cores and may spill; not in the report
     Row(AMPERE + SM_120 + WGMMA + TCGEN05 + CDNA3, 32, dims(8, 80), ANY, LaunchConfig(32, 16, 80, 16, num_warps=4)),
 )
 
