@@ -301,7 +301,7 @@ def test_gradcheck_of_the_eager_twin() -> None:
 
 
 def test_the_same_bits_every_time(device: torch.device) -> None:
-    inputs, upstream = draw(1, 1, 65, 8, (17, 4), torch.float16, device)
+    inputs, upstream = draw(1, 1, 65, 40, (17, 4), torch.float16, device)
     first, *others = (gradients(decoupled_attention, inputs, upstream, torch.float16, impl="triton") for _ in range(20))
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
 
