@@ -64,6 +64,20 @@ def test_the_backward_compiles_within_the_devices(tmp_path: Path) -> None:
     assert on_mma["min_mma"] <= on_mma["mma"] <= 1.1 * on_mma["min_mma"]
 
 
+def test_every_entry_of_the_backward_is_in_its_result() -> None:
+    """The table has no head dim that was not compiled at the lengths that need the most registers."""
+    result = ROOT / "benchmarks" / "results" / "2026-11-23-compile-report-backward.json"
+    rows = [row for row in json.loads(result.read_text())["rows"] if not row["faults"]]
+    names = ("arch", "dtype", "head_dim", "block_m", "num_warps")
+    compiled = {(*(row[name] for name in names), tuple(row["lengths"])) for row in rows}
+    head_dims = list(range(8, launch_table.LARGEST_HEAD_DIM + 8, 8))
+    dtypes = ["float16", "bfloat16"]
+    for asked in compile_report.backward_entries(list(launch_table_backward.COMPILED), dtypes, head_dims, "hardest"):
+        config = asked.config
+        entry = (asked.arch, asked.dtype, asked.head_dim, config.block_m, config.num_warps, asked.lengths)
+        assert entry in compiled
+
+
 def test_the_cost_of_adapters(tmp_path: Path) -> None:
     """Per 16 queries, one adapter of 4 tokens: 92 HMMA.16816, 44 over 88 columns and 48 over 96 rows. Three of 16: 128."""
     tables = report("growth", "--tables", "adapters of 4 tokens", "adapters of 16 tokens", folder=tmp_path)["tables"]
@@ -118,6 +132,14 @@ def test_a_shape_is_either_found_or_refused(arch: str, bits: int) -> None:
 def test_refusals_say_why() -> None:
     assert "sm_75: not in the launch table (sm_80" in (launch_table.refusal("sm_75", 16, 64) or "")
     assert "head dim 256: above 160 the kernel spills registers on sm_80" in (launch_table.refusal("sm_80", 16, 256) or "")
+
+
+def test_refusals_of_the_backward_say_what_there_is() -> None:
+    refusal = launch_table_backward.refusal
+    assert refusal("sm_80", 16, 104) == "head dim 104: the backward's launch table has 40, 64, 80, 128 on sm_80, in 16 bits"
+    assert refusal("gfx942", 32, 128) == "head dim 128: the backward's launch table has 8 to 80 on gfx942, in 32 bits"
+    reason = refusal("sm_120", 16, 80, 17)
+    assert reason == "17 image keys: the backward's launch table has up to 16 on sm_120 at head dim 80"
 
 
 @pytest.fixture
