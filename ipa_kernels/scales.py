@@ -66,7 +66,7 @@ def _images(masks: list[Any] | None) -> tuple[int | None, ...] | None:
 
 def _rows(scales: Any, images: tuple[int | None, ...] | None) -> list[list[float]] | None:
     """One row per adapter, or None where a scale is no number, or where diffusers refuses it."""
-    if not isinstance(scales, list) or (images is not None and len(images) != len(scales)):
+    if not isinstance(scales, list) or not scales or (images is not None and len(images) != len(scales)):
         return None
     rows = []
     for scale, count in zip(scales, images or (None,) * len(scales), strict=True):

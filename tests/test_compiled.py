@@ -72,7 +72,7 @@ def close(result: Tensor, expected: Tensor) -> None:
     assert error < 2e-5, f"relative error {error}"
 
 
-SLOW = (("sdxl", 1), ("animatediff", 2), ("kolors", 2))
+SLOW = (("sdxl", 1), ("animatediff", 1), ("animatediff", 2), ("kolors", 2))
 """Kinds and numbers of adapters that `make test` leaves to `make test-slow`: others show the same."""
 
 
@@ -110,7 +110,8 @@ def test_other_ways_to_compile(how: Callable[..., None]) -> None:
             as_stock(compiled, twin, ("base",), control, seed=seed)
 
 
-@pytest.mark.parametrize("impl", [pytest.param("auto", marks=pytest.mark.slow), "triton"])
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", ["auto", "triton"])
 def test_inductor(impl: str) -> None:
     """The kernel, in Triton's interpreter, and the eager twin inside a graph of the default backend."""
     compiled, twin = build("sd", ("base", "plus")), build("sd", ("base", "plus"))

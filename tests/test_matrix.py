@@ -34,8 +34,24 @@ def run(pipe: Any, names: tuple[str, ...], control: Control) -> Outcome:
     return set_scales(pipe, names, control) or outcome(pipe, names, control)
 
 
+IN_SHORT = (
+    "sd",
+    "sd21",
+    "sdxl-inpaint",
+    "kolors",
+    "lcm",
+    "animatediff",
+    "controlnet",
+    "t2i-adapter",
+    "pag",
+    "modular",
+    "bare-unet",
+)
+"""The kinds that `make test` runs; `make test-slow` runs their relatives."""
+
+
 @pytest.mark.parametrize("names", SETS, ids="+".join)
-@pytest.mark.parametrize("kind", BUILDERS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=() if kind in IN_SHORT else pytest.mark.slow) for kind in BUILDERS])
 def test_enabled_is_stock(kind: str, names: tuple[str, ...], record_property: Callable[[str, object], None]) -> None:
     """5,160 cells: 22 pipelines x 8 sets of adapters x 30 controls, less the callbacks that a pipeline does not take.
 
