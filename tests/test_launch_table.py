@@ -33,7 +33,13 @@ def report(module: str, *arguments: str, folder: Path) -> dict[str, Any]:
     return content
 
 
-@pytest.mark.parametrize("arch", launch_table.COMPILED)
+SIBLINGS = ("sm_86", "sm_89", "gfx90a", "gfx1100")
+"""Architectures that `make test` leaves to `make test-slow` and `make compile-report`: a relative of each is compiled."""
+
+
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=pytest.mark.slow if arch in SIBLINGS else ()) for arch in launch_table.COMPILED]
+)
 def test_every_row_compiles_within_the_device(arch: str, tmp_path: Path) -> None:
     rows = report("compile_report", "--quick", "--arch", arch, folder=tmp_path)["rows"]
     here = [row for row in launch_table.TABLE if arch in row.archs and row.bits == 16]

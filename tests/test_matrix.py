@@ -34,19 +34,7 @@ def run(pipe: Any, names: tuple[str, ...], control: Control) -> Outcome:
     return set_scales(pipe, names, control) or outcome(pipe, names, control)
 
 
-IN_SHORT = (
-    "sd",
-    "sd21",
-    "sdxl-inpaint",
-    "kolors",
-    "lcm",
-    "animatediff",
-    "controlnet",
-    "t2i-adapter",
-    "pag",
-    "modular",
-    "bare-unet",
-)
+IN_SHORT = ("sd", "sdxl-inpaint", "kolors", "animatediff", "controlnet", "pag", "modular", "bare-unet")
 """The kinds that `make test` runs; `make test-slow` runs their relatives."""
 
 

@@ -189,6 +189,7 @@ train_ip_adapter.main(sys.argv[1:])
     assert names == [*(f"checkpoint-{step:08d}" for step in (8, 12, 16)), "ip_adapter.safetensors", "metrics.jsonl"]
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_call_that_changes_the_disk_leaves_whole_checkpoints(tmp_path: Path) -> None:
     """A process writes checkpoints and metrics and is killed at its first such call; another at its second; and so on."""
 
@@ -248,6 +249,7 @@ def _kill_at(moment: int, work: Any) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_two_processes_compute_what_one_does(pictures: Path, stock: Path, tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -285,11 +287,13 @@ def test_shards_compute_what_one_process_does(pictures: Path, stock: Path, tmp_p
     assert half == pytest.approx(one, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_accumulated_parts_are_the_batch(pictures: Path, stock: Path, tmp_path: Path) -> None:
     parts = losses(train(pictures, tmp_path, "--gradient-accumulation-steps", "2"))
     assert parts == pytest.approx(losses(metrics(stock))[:8], rel=2e-4)
 
 
+@pytest.mark.slow
 def test_memory_savers_and_precisions(pictures: Path, stock: Path, tmp_path: Path) -> None:
     checkpointed = train(pictures, tmp_path / "a", "--gradient-checkpointing", "--workers", "1")
     assert losses(checkpointed) == losses(metrics(stock))[:8], "recomputed activations are the same"
@@ -322,6 +326,7 @@ def test_the_first_adapter_survives_its_file(model: str, kind: str, tmp_path: Pa
     assert all(torch.equal(tensor, parameters[name]) for name, tensor in other.items())
 
 
+@pytest.mark.slow
 def test_a_run_from_another_adapter_with_an_average(pictures: Path, stock: Path, tmp_path: Path) -> None:
     begin = stock / "ip_adapter.safetensors"
     options = ["--init-adapter", str(begin), "--ema-decay", "0.9", "--checkpoint-every", "4"]
@@ -340,6 +345,7 @@ def test_a_run_from_another_adapter_with_an_average(pictures: Path, stock: Path,
     assert (tmp_path / "a" / "ip_adapter_ema.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own_encoder", [True, False])
 def test_a_model_from_a_folder(own_encoder: bool, pictures: Path, stock: Path, tmp_path: Path) -> None:
     """The losses of the model that was saved there, with the image encoder in it or in a folder of its own."""
