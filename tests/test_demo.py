@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import ipa_kernels
 from ipa_kernels import cli, tiny
-from ipa_kernels.pictures import compose, draw_reference
+from ipa_kernels.commands.pictures import compose, draw_reference
 
 Fail = Callable[..., str]
 
@@ -221,8 +221,7 @@ def test_no_gpu(fail: Fail) -> None:
 
 def test_without_diffusers(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    monkeypatch.delitem(sys.modules, "ipa_kernels.demo", raising=False)
-    monkeypatch.delattr(ipa_kernels, "demo", raising=False)
+    monkeypatch.delitem(sys.modules, "ipa_kernels.commands.demo", raising=False)
     assert "pip install 'ipa-kernels[diffusers]'" in fail()
 
 

@@ -2,7 +2,6 @@
 
 import inspect
 import re
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,12 @@ import diffusers
 import torch
 from PIL import Image, ImageOps
 
-from .integration import explain
+from ..integration import explain
+from .errors import UserError, why
 
 _WEIGHTS = {".safetensors", ".bin"}
 _BASE_ADAPTERS = {768: "models/ip-adapter_sd15.safetensors", 2048: "sdxl_models/ip-adapter_sdxl.safetensors"}
 """Where h94/IP-Adapter has the base adapter for a UNet, by the width of its text embeddings."""
-
-
-class UserError(Exception):
-    """A mistake in the command line or in a file that it names; the message is one line."""
 
 
 def load_pipeline(model: str, adapter: str, weight_name: str | None, image_encoder: str, dtype: torch.dtype) -> Any:
@@ -77,14 +73,6 @@ def read_picture(path: str) -> Image.Image:
             return ImageOps.exif_transpose(picture).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"--image {path}: no picture that can be read: {why(error)}") from error
-
-
-def why(error: BaseException) -> str:
-    """The message of a library in one line that is short enough to read."""
-    if isinstance(error, KeyError):
-        return f"nothing named {error} in it"
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return textwrap.shorten(text, 240, placeholder=" ...")
 
 
 def _check_kind(model: str, pipe: Any) -> None:

@@ -16,9 +16,10 @@ import torch
 import transformers
 from PIL import Image, ImageChops
 
-from . import tiny
-from .integration import accelerated
-from .loading import UserError, available_device, check_paths, load_pipeline, read_picture, why, writable
+from .. import tiny
+from ..integration import accelerated
+from .errors import UserError, why
+from .loading import available_device, check_paths, load_pipeline, read_picture, writable
 from .pictures import compose, draw_reference
 
 
@@ -40,7 +41,7 @@ class Options:
     dtype: str | None
 
 
-def run(options: Options) -> None:
+def run(options: Options) -> int:
     """Run stock, then accelerated; print what ran, what differs and the times; write the pictures side by side.
 
     Raises UserError, before anything is written, where the options name something that does not exist or does not work.
@@ -80,6 +81,7 @@ def run(options: Options) -> None:
     except OSError as error:
         raise UserError(f"--output {output}: {why(error)}") from error
     print(f"{output}: reference, stock, accelerated, difference")
+    return 0
 
 
 def _generate(pipe: Any, options: Options, reference: Image.Image, label: str) -> tuple[Image.Image, float]:
