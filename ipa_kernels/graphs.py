@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from . import steps
 from .fingerprint import Fingerprint, hooked
 from .integration import enable, explain, unet_of, watch_module
 from .ops import UnsupportedError
@@ -211,7 +212,7 @@ def is_supported(device: torch.device) -> bool:
 
 def _reason(state: Any, unet: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
     """Why a step cannot be captured or replayed, as far as that is seen without a graph."""
-    sample = watch_module().named(arguments, options).get("sample")
+    sample = steps.named(arguments, options).get("sample")
     if not isinstance(sample, Tensor) or not is_supported(sample.device):
         return f"device {getattr(sample, 'device', None)}: CUDA graphs need a CUDA GPU"
     if torch.is_grad_enabled():
@@ -240,7 +241,7 @@ def _plain(arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[A
 
     A number would stay the same in every replay, and a graph reads what the buffers hold of masks.
     """
-    named = watch_module().named(arguments, options)
+    named = steps.named(arguments, options)
     sample, timestep = named["sample"], named["timestep"]
     if not isinstance(timestep, Tensor):
         # as `UNet2DConditionModel.get_time_embed`

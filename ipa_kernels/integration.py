@@ -163,7 +163,7 @@ def _report(unet: Any, target: str) -> Report:
     impl = state.session.impl if state is not None else "auto"
     device, dtype = _execution_device(unet), unet.dtype
     layers = []
-    for name, attention in watch.adapter_layers(unet):
+    for name, attention in watch.places.adapter_layers(unet):
         processor = attention.processor
         planned, reasons = families.layer_plan(attention, processor, impl, device, dtype)
         layer = vars(processor).get("_ipa_layer")
@@ -244,7 +244,7 @@ def _demand_kernel(unet: Any) -> None:
     families = _families()
     device, dtype = _execution_device(unet), unet.dtype
     refused: dict[str, list[str]] = {}
-    for name, attention in watch_module().adapter_layers(unet):
+    for name, attention in watch_module().places.adapter_layers(unet):
         _, reasons = families.layer_plan(attention, attention.processor, "triton", device, dtype)
         for reason in reasons:
             refused.setdefault(reason, []).append(name)

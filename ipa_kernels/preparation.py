@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from . import steps
 from .integration import OFF, disable, enable, explain, unet_of, watch_module
 from .report import Report
 
@@ -47,7 +48,7 @@ def prepare(pipe: Any, **arguments: Any) -> Report:
     if os.environ.get(OFF) == "1":
         return enable(pipe)
     watch = watch_module()
-    if not watch.is_loaded(unet):
+    if not watch.places.is_loaded(unet):
         raise ValueError("pipe: expected a pipeline with an IP-Adapter, got one without; load_ip_adapter comes first")
     was_enabled = watch.of(unet) is not None
     if not was_enabled:
@@ -57,7 +58,7 @@ def prepare(pipe: Any, **arguments: Any) -> Report:
         with watch.SWITCH:
             state.take_over_new(unet, [])
         with torch.no_grad(), _left_alone(pipe, unet, arguments.get("generator")):
-            given, options = watch.first_step(lambda: pipe(**arguments))
+            given, options = steps.first(lambda: pipe(**arguments))
             _fill(state, unet, given, options)
     except BaseException:
         if not was_enabled:
@@ -78,7 +79,7 @@ def _check_names(pipe: Any, arguments: dict[str, Any]) -> None:
 def _fill(state: Any, unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
     """New buffers, or those that are there with new contents; then the kernels."""
     watch = watch_module()
-    inputs = watch.Inputs.of(watch.named(given, options))
+    inputs = watch.Inputs.of(steps.named(given, options))
     if inputs is None:
         raise ValueError(
             "arguments: expected an ip_adapter_image for each adapter, and no scale of LoRAs in cross_attention_kwargs "

@@ -38,7 +38,7 @@ class Table:
         self.is_data = rows is not None
         if rows is None:
             return
-        shape = len(rows), max([self.tensor.shape[1] if self.tensor.dim() else 0, 1 + IMAGES, *map(len, rows)])
+        shape = len(rows), max(self.tensor.shape[1], 1 + IMAGES, *map(len, rows))
         if self.tensor.shape != shape or self.tensor.device != device:
             # one that was made in inference mode could not be written to outside
             with torch.inference_mode(False):

@@ -13,49 +13,18 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo.decorators import disable
 from torch._dynamo.eval_frame import skip_code
 
+from . import places, steps
 from .ops import UnsupportedError
 from .processors import projections
 from .processors import unet as families
 from .processors.buffers import Buffers, Inputs
 from .session import Session
-from .turn import Turn, is_running
+from .turn import Turn
 
 _STATE = "_ipa_kernels"
 
-# the first parameters of every UNet's forward
-_STEP = ("sample", "timestep", "encoder_hidden_states")
-
 SWITCH = threading.RLock()
 """Held by whoever changes what is enabled: steps of one UNet may run in several threads, each may find a new adapter."""
-
-
-_THREAD = threading.local()
-"""Of each thread: whether its next step is to be stopped, and the steps that it is in: (watch, holds the turn, its frame)."""
-
-
-class Stopped(BaseException):
-    """Raised in the place of a UNet's step; args: its positional and its keyword arguments."""
-
-
-def named(arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a step by name, as far as they are looked at."""
-    return dict(zip(_STEP, arguments, strict=False)) | options
-
-
-def first_step(call: Callable[[], object]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of the first step that a pipeline runs. The pipeline is stopped there.
-
-    Raises RuntimeError where no enabled UNet is called.
-    """
-    _THREAD.stops = True
-    try:
-        call()
-    except Stopped as step:
-        arguments, options = step.args
-        return arguments, options
-    finally:
-        _THREAD.stops = False
-    raise RuntimeError("the pipeline returned without a step of an enabled UNet")
 
 
 class Options(NamedTuple):
@@ -65,46 +34,18 @@ class Options(NamedTuple):
     cache: bool = True
 
 
-class Places:
-    """The attention layers of a UNet by name, and the links of the module tree that lead to them."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        self.attentions: dict[str, Any] = {}
-        links: dict[tuple[int, str], tuple[dict[str, nn.Module | None], str, nn.Module]] = {}
-        for name, module in unet.named_modules():
-            if not hasattr(module, "set_processor") or name.startswith("encoder_hid_proj"):
-                continue
-            self.attentions[name] = module
-            parent = unet
-            for part in name.split("."):
-                child = parent._modules[part]
-                assert child is not None
-                links[id(parent), part] = (parent._modules, part, child)
-                parent = child
-        self._links = list(links.values())
-
-    def on_the_way(self) -> Iterator[tuple[str, nn.Module]]:
-        """(name within its parent, module) of each module between the UNet and its attentions, these included."""
-        return ((name, child) for _, name, child in self._links)
-
-    def are_current(self) -> bool:
-        """Whether the same modules are still in their places; cheap enough for every step."""
-        return all(modules.get(name) is child for modules, name, child in self._links)
-
-
 class Watch:
     """The state of an enabled UNet.
 
     base: the options of `enable`, None where only `accelerated` blocks are open; blocks: the options of those, oldest first;
     buffers: what was prepared, if anything; graphs: of `graphed`, None where it is off; turn: held by a step while there is one
-    of these, and by whoever changes them; running: steps; loose: those that began when there was none, beside which no other
-    reads buffers;
+    of these, and by whoever changes them; running: steps; loose: those without the turn, beside which no other reads buffers;
     is_closed: disabled, perhaps by another thread in the middle of a step, which then takes over nothing more.
     """
 
     def __init__(self, unet: nn.Module) -> None:
         self.session = Session(*Options())
-        self.places = Places(unet)
+        self.places = places.Places(unet)
         self.base: Options | None = None
         self.blocks: list[list[Options]] = []
         self.handles: list[Any] = []
@@ -133,11 +74,9 @@ class Watch:
             handle.remove()
         self.handles = []
         self.is_closed = True
-        steps = getattr(_THREAD, "steps", [])
-        for entry in [entry for entry in steps if entry[0] is self]:
-            # the hook that ends a step of this thread is gone
-            steps.remove(entry)
-            self._close(entry[1])
+        for step in steps.take_all(self):
+            # the hook that would end it is gone
+            self._close(step)
         self.turn.end()
         self.graphs = None
         if getattr(vars(unet).get("forward"), "__func__", None) is forward:
@@ -164,12 +103,11 @@ class Watch:
     def _begin(
         self, unet: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], is_eager: bool, frame: FrameType
     ) -> None:
-        if getattr(_THREAD, "stops", False):
-            raise Stopped(arguments, options)
+        steps.stop_if_asked(arguments, options)
         session = self.session
         if is_eager:
             self.take_over_new(unet, [])
-        step = named(arguments, options)
+        step = steps.named(arguments, options)
         follows = False
         if session.cache and not session.is_captured:
             images = (step.get("added_cond_kwargs") or {}).get("image_embeds")
@@ -177,27 +115,24 @@ class Watch:
             follows = session.memory.enter(step.get("timestep"), tuple(map(id, tensors)))
         self._open(frame)
         self._write_scales(step)
-        if _THREAD.steps[-1][1] and not self.loose:
+        if steps.running()[-1].has_turn and not self.loose:
             self._refill(unet, arguments, step, follows)
 
     def _open(self, frame: FrameType) -> None:
         """Wait for the turn, where there is something to take turns for."""
-        steps = getattr(_THREAD, "steps", [])
-        for entry in [entry for entry in steps if not is_running(entry[2])]:
-            # interrupted in a way that torch runs no hooks for
-            steps.remove(entry)
-            entry[0]._close(entry[1])
+        for step in steps.take_interrupted():
+            step.watch._close(step)
         with SWITCH:
-            is_alone = self.buffers is not None or self.graphs is not None
-            self.loose += not is_alone
+            has_turn = self.buffers is not None or self.graphs is not None
+            self.loose += not has_turn
             self.running += 1
-        if is_alone:
+        if has_turn:
             self.turn.take(frame)
-        _THREAD.steps = [*steps, (self, is_alone, frame)]
+        steps.running().append(steps.Step(self, has_turn, frame))
 
     def _refill(self, unet: nn.Module, arguments: tuple[Any, ...], step: dict[str, Any], follows: bool) -> None:
         """Let the step that begins read the buffers, if they can hold what it was given."""
-        inputs = Inputs.of(step) if len(arguments) <= len(_STEP) else None
+        inputs = Inputs.of(step) if len(arguments) <= len(steps.NAMES) else None
         if self.graphs is not None and inputs is not None and not follows and self.graphs.takes(inputs.sample.device):
             self._renew(unet, inputs)
         if self.buffers is not None:
@@ -224,19 +159,19 @@ class Watch:
     @disable  # type: ignore[untyped-decorator]
     def _end(self) -> None:
         self.session.memory.leave()
-        steps = getattr(_THREAD, "steps", [])
-        if steps and steps[-1][0] is self:
-            self._close(steps.pop()[1])
+        running = steps.running()
+        if running and running[-1].watch is self:
+            self._close(running.pop())
 
-    def _close(self, is_alone: bool) -> None:
-        if is_alone:
+    def _close(self, step: steps.Step) -> None:
+        if step.has_turn:
             if self.buffers is not None:
                 self.buffers.end()
             if self.turn.depth <= 1:
                 self.session.is_prepared = False
             self.turn.give()
         with SWITCH:
-            self.loose -= not is_alone
+            self.loose -= not step.has_turn
             self.running -= 1
             if self.running == 0:
                 self.session.is_stepping = False
@@ -281,13 +216,13 @@ class Watch:
         """Take over every stock module of an IP-Adapter; `undo` collects, in the order of the changes, what reverts each."""
         session = self.session
         if not self.places.are_current():
-            self.places = Places(unet)
+            self.places = places.Places(unet)
         for module in projections.of(unet):
             if type(module) in projections.OURS:
                 with SWITCH:
                     if type(module) in projections.OURS and not self.is_closed:
                         projections.take_over(module, session, undo)
-        loaded = is_loaded(unet)
+        loaded = places.is_loaded(unet)
         for name, attention in self.places.attentions.items():
             processor = attention.processor
             if families.is_new(processor, session):
@@ -305,7 +240,7 @@ class Watch:
 
     def give_back(self, unet: nn.Module) -> None:
         """Undo every `take_over`, of what is installed and of what was put aside."""
-        installed = {attention.processor for attention in Places(unet).attentions.values()}
+        installed = {attention.processor for attention in places.Places(unet).attentions.values()}
         for module in installed | set(projections.of(unet)) | set(self.session.taken):
             if type(module) in projections.STOCK:
                 projections.give_back(module)
@@ -325,19 +260,6 @@ def forward(unet: Any, *arguments: Any, **options: Any) -> Any:
 def of(unet: nn.Module) -> Any:
     """The `Watch` of a UNet, or None where it is not enabled."""
     return vars(unet).get(_STATE)
-
-
-def is_loaded(unet: Any) -> bool:
-    """Whether an IP-Adapter is loaded."""
-    return bool(unet.config.encoder_hid_dim_type == "ip_image_proj")
-
-
-def adapter_layers(unet: Any) -> Iterator[tuple[str, Any]]:
-    """(name, Attention) of every layer that has an IP-Adapter, or should have one, in the order of the modules."""
-    loaded = is_loaded(unet)
-    for name, attention in Places(unet).attentions.items():
-        if families.is_adapter(attention.processor) or (loaded and families.expects_adapter(name)):
-            yield name, attention
 
 
 # Not compiled as graphs of their own around a compiled UNet; within another compiled function they are traced.

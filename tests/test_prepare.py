@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 import ipa_kernels
-from ipa_kernels import watch
+from ipa_kernels import steps, watch
 
 from .test_compiled import MASKED, PLAIN, as_stock, whole
 from .zoo.adapters import load
@@ -377,7 +377,7 @@ def test_disable_in_the_middle_of_a_step() -> None:
     handle = pipe.unet.mid_block.register_forward_pre_hook(lambda *arguments: ipa_kernels.disable(pipe))
     generate(pipe, ("base",))
     handle.remove()
-    assert not any(entry for entry in getattr(watch._THREAD, "steps", []))
+    assert not steps.running()
     as_stock(pipe, twin, ("base",), Control())
 
 

@@ -1,0 +1,78 @@
+"""The steps of UNets that each thread is in, and the arguments of the first one that a pipeline runs."""
+
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NamedTuple
+
+from .turn import is_running
+
+# the first parameters of every UNet's forward
+NAMES = ("sample", "timestep", "encoder_hidden_states")
+
+_THREAD = threading.local()
+"""Of each thread: its steps, the innermost last, and whether its next one is to be stopped."""
+
+
+class Step(NamedTuple):
+    """watch: of the UNet that runs it; has_turn: whether it holds the turn of that; frame: of the call of the UNet."""
+
+    watch: Any
+    has_turn: bool
+    frame: FrameType
+
+
+class Stopped(BaseException):
+    """Raised in the place of a UNet's step; args: its positional and its keyword arguments."""
+
+
+def named(arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a step by name, as far as they are looked at."""
+    return dict(zip(NAMES, arguments, strict=False)) | options
+
+
+def first(call: Callable[[], object]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of the first step that a pipeline runs. The pipeline is stopped there.
+
+    Raises RuntimeError where no enabled UNet is called.
+    """
+    _THREAD.stops = True
+    try:
+        call()
+    except Stopped as step:
+        arguments, options = step.args
+        return arguments, options
+    finally:
+        _THREAD.stops = False
+    raise RuntimeError("the pipeline returned without a step of an enabled UNet")
+
+
+def stop_if_asked(arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Raise `Stopped` within `first`."""
+    if getattr(_THREAD, "stops", False):
+        raise Stopped(arguments, options)
+
+
+def running() -> list[Step]:
+    """The steps that this thread is in, the innermost last; the list itself."""
+    if not hasattr(_THREAD, "steps"):
+        _THREAD.steps = []
+    steps: list[Step] = _THREAD.steps
+    return steps
+
+
+def take_interrupted() -> list[Step]:
+    """Take out the steps of this thread that were left in a way that torch runs no hooks for."""
+    return _take([step for step in running() if not is_running(step.frame)])
+
+
+def take_all(watch: Any) -> list[Step]:
+    """Take out the steps of this thread that belong to a UNet."""
+    return _take([step for step in running() if step.watch is watch])
+
+
+def _take(taken: list[Step]) -> list[Step]:
+    steps = running()
+    for step in taken:
+        steps.remove(step)
+    return taken
