@@ -225,12 +225,12 @@ def _measured(
     device: torch.device,
     rounds: int,
 ) -> dict[str, Any]:
-    """The candidates' entries: saved bytes, peak bytes, seconds; and seconds and bytes of stock over ours."""
+    """The candidates' entries: saved bytes, peak bytes, seconds if there are rounds; and stock's over ours."""
     known = [tensor.untyped_storage().data_ptr() for tensor in inside]
     entries: dict[str, dict[str, Any]] = {}
     for name, forward in forwards.items():
         entries[name] = {"saved_bytes": saved_bytes(forward, known), "peak_bytes": peak_bytes(runs[name], device)}
-    for name, found in interleaved(runs, device, rounds).items():
+    for name, found in interleaved(runs, device, rounds).items() if rounds else ():
         entries[name]["seconds"] = asdict(found)
     return {"candidates": entries, "ratios": ratios(entries)}
 
@@ -242,7 +242,8 @@ def ratios(entries: dict[str, dict[str, Any]]) -> dict[str, float]:
         stock = entries.get(name.replace(OURS, STOCK))
         if OURS in name and stock is not None:
             suffix = name.removeprefix(OURS)
-            found[f"seconds{suffix}"] = stock["seconds"]["median"] / ours["seconds"]["median"]
+            if "seconds" in ours:
+                found[f"seconds{suffix}"] = stock["seconds"]["median"] / ours["seconds"]["median"]
             for kind in ("saved_bytes", "peak_bytes"):
                 if ours[kind] and stock[kind]:
                     found[f"{kind}{suffix}"] = stock[kind] / ours[kind]
@@ -287,7 +288,7 @@ def main() -> int:
     parser.add_argument("--wanted", nargs="+", choices=WANTED, default=list(WANTED), help="which gradients")
     parser.add_argument("--models", nargs="*", choices=list(MODELS), help="default: sd15 and sdxl on a GPU, tiny on a CPU")
     parser.add_argument("--small", action="store_true", help="two heads and few queries in each case")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=10, help="0: bytes alone, such as of the kernel in Triton's interpreter")
     parser.add_argument("--json", type=Path, help="write facts about the machine and all rows, after each")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -324,7 +325,7 @@ def main() -> int:
     models = arguments.models if arguments.models is not None else ["sd15", "sdxl"] if device.type == "cuda" else ["tiny"]
     for name in models:
         rows = measure_model(MODELS[name], dtype, device, arguments.impl, arguments.rounds)
-        entries = {_label(row): row for row in rows if "seconds" in row}
+        entries = {_label(row): row for row in rows if "saved_bytes" in row}
         document["models"][name] = {"rows": rows, "ratios": ratios(entries)}
         print(_model_lines(name, document["models"][name]), flush=True)
         write()
@@ -348,7 +349,7 @@ def _model_lines(name: str, entry: dict[str, Any]) -> str:
     lines = [f"{name}: forward and backward of one step, batch 2"]
     for row in entry["rows"]:
         notes = "; ".join(filter(None, [row["reason"], *row.get("why not the kernel", [])]))
-        lines.append(f"  {_label(row):28} {_figures(row) if 'seconds' in row else '-'}  {notes}")
+        lines.append(f"  {_label(row):28} {_figures(row) if 'saved_bytes' in row else '-'}  {notes}")
     return "\n".join([*lines, _ratio_line(entry["ratios"])])
 
 
@@ -358,7 +359,8 @@ def _label(row: dict[str, Any]) -> str:
 
 def _figures(entry: dict[str, Any]) -> str:
     peak = "not measured" if entry["peak_bytes"] is None else f"{entry['peak_bytes'] / 1e6:.1f} MB"
-    return f"{1e3 * entry['seconds']['median']:9.2f} ms  saved {entry['saved_bytes'] / 1e6:8.1f} MB  peak {peak}"
+    time = f"{1e3 * entry['seconds']['median']:9.2f} ms" if "seconds" in entry else "not timed"
+    return f"{time:>12}  saved {entry['saved_bytes'] / 1e6:8.1f} MB  peak {peak}"
 
 
 def _ratio_line(found: dict[str, float]) -> str:

@@ -4,6 +4,7 @@ A time on its own says little, so candidates are timed in turns within one run a
 what a caller waits for, launches included; `replay` measures the time of the device alone.
 """
 
+import os
 import platform
 import statistics
 import subprocess
@@ -56,6 +57,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "interpreter": os.environ.get("TRITON_INTERPRET") == "1",
         "diffusers": _version("diffusers"),
         "ipa_kernels": _version("ipa-kernels"),
         "commit": _output("git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),

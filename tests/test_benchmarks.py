@@ -275,6 +275,14 @@ def test_the_training_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert "| checkpointing | stock | " in report
 
 
+def test_bytes_without_times(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(training, "interleaved", lambda *arguments: pytest.fail("timed"))
+    assert train(monkeypatch, "--models", "--rounds", "0") == 0
+    printed = capsys.readouterr().out
+    assert "not timed  saved" in printed
+    assert "stock over ours: saved_bytes 1.00" in printed
+
+
 @pytest.mark.parametrize("mistake", ["no gradient of the image keys", "a gradient that is off"])
 def test_a_wrong_gradient_is_not_timed(
     mistake: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

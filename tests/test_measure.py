@@ -104,8 +104,12 @@ def test_ceilings_on_a_cpu_are_by_wall_time() -> None:
     assert limits["copy"].amount == 2 * 2**25, "read and written"
 
 
-def test_facts_name_the_code() -> None:
+def test_facts_name_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert measure.machine_facts(CPU)["interpreter"]
+    monkeypatch.delenv("TRITON_INTERPRET")
     facts = measure.machine_facts(CPU)
+    assert not facts["interpreter"]
     assert facts["torch"] == torch.__version__
     assert len(facts["source"]) == 16
     assert "gpu" not in facts
