@@ -128,11 +128,11 @@ def test_ours_learns_as_stock_does(stock: Path, pictures: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_the_kernel_learns_as_stock_does(stock: Path, pictures: Path, tmp_path: Path) -> None:
-    """In Triton's interpreter, where a step takes seconds: some steps, each of which sees what the ones before have learnt."""
-    steps = 12
-    ours = train(pictures, tmp_path, "--accelerated", "--impl", "triton", "--steps", str(steps))
+    """In Triton's interpreter, where a step takes seconds; impl="triton" raises where the kernel would not run."""
+    ours = train(pictures, tmp_path, "--accelerated", "--impl", "triton", "--steps", str(STEPS))
     # Adam makes much of small differences: its first steps are as long for any gradient
-    assert losses(ours) == pytest.approx(losses(metrics(stock))[:steps], rel=1e-3)
+    assert losses(ours) == pytest.approx(losses(metrics(stock)), rel=1e-5)
+    assert sum(losses(ours)[-40:]) < 0.98 * sum(losses(ours)[:40])
 
 
 def test_the_adapter_makes_the_same_picture_in_a_stock_pipeline(stock: Path, pictures: Path) -> None:
