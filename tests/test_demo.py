@@ -3,74 +3,32 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import diffusers
 import pytest
 import torch
-from PIL import Image, ImageChops
+from PIL import Image
 from safetensors.torch import save_file
 
 import ipa_kernels
 from ipa_kernels import cli, tiny
-from ipa_kernels.commands.pictures import compose, draw_reference
+from ipa_kernels.commands.pictures import Panel, compose, draw_reference
+
+from .saved_weights import save_adapter
 
 Fail = Callable[..., str]
 
 GAP, HEAD, PANEL = 12, 32, 256
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved pipeline and adapters for it, as somebody would have them on the disk."""
-    folder = tmp_path_factory.mktemp("weights")
-    pipe = tiny.stable_diffusion(encoders=True)
-    pipe.save_pretrained(folder / "model")
-    pipe.scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1)  # Stable Diffusion 1's
-    pipe.image_encoder = None
-    pipe.register_to_config(image_encoder=(None, None))
-    pipe.save_pretrained(folder / "no_encoder")
-    base, plus = tiny.base_adapter(pipe.unet), tiny.plus_adapter(pipe.unet)
-    (folder / "adapters" / "plus").mkdir(parents=True)
-    _save(base, folder / "adapters" / "base.safetensors")
-    _save(plus, folder / "adapters" / "plus" / "plus.safetensors")
-    torch.save(base, folder / "base.bin")
-    unet = diffusers.UNet2DModel(
-        block_out_channels=(32,), layers_per_block=1, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
-    )
-    diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(folder / "unconditional")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test runs in an empty folder, on one thread: cores are shared, and threads that wait for each other are slow."""
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 @pytest.fixture
-def fail(capsys: pytest.CaptureFixture[str]) -> Fail:
+def fail(mistake: Callable[..., str]) -> Fail:
     """Runs a demo that has to fail as a user's mistake does, and returns its one line."""
-
-    def run(*arguments: object) -> str:
-        capsys.readouterr()
-        try:
-            code: object = cli.main(["demo", "--steps", "2", *map(str, arguments)])
-        except SystemExit as stop:
-            code = stop.code
-        lines = capsys.readouterr().err.splitlines()
-        assert code == 2
-        assert len(lines) == 1, lines
-        assert lines[0].startswith("ipa-kernels")
-        assert not list(Path().glob("*.png"))
-        return lines[0]
-
-    return run
+    return lambda *arguments: mistake("demo", "--steps", "2", *arguments)
 
 
 def test_default(capsys: pytest.CaptureFixture[str], device: torch.device) -> None:
@@ -131,15 +89,15 @@ def test_files(adapter: str, more: tuple[str, ...], weights: Path, capsys: pytes
 
 
 def test_a_difference_is_amplified() -> None:
-    """One value of 32x16 pixels differs by 3: its panel, 8 times the size, shows it at full strength."""
+    """One value of 32x16 pixels differs by 3: its panel, 8 times the size, shows it at full strength, and in print."""
     stock = Image.new("RGB", (32, 16), (10, 20, 30))
     fused = stock.copy()
     fused.putpixel((5, 7), (10, 23, 30))
-    sheet = compose(draw_reference(), stock, fused, ImageChops.difference(stock, fused), 3)
+    sheet = compose([Panel("reference", draw_reference())], Panel("stock", stock), Panel("accelerated", fused))
     assert sheet.size == (GAP + 4 * (PANEL + GAP), HEAD + PANEL // 2 + GAP)
     left = GAP + 3 * (PANEL + GAP)
     assert sheet.crop((left, HEAD, left + PANEL, HEAD + PANEL // 2)).getbbox() == (40, 56, 48, 64)
-    assert sheet.getpixel((left + 40, HEAD + 56)) == (0, 255, 0)
+    assert sheet.getpixel((left + 40, HEAD + 56)) == (255, 255, 255)
 
 
 def test_files_give_the_picture_of_the_pipeline_in_memory(weights: Path) -> None:
@@ -197,7 +155,7 @@ def test_broken_adapters(fail: Fail, weights: Path, tmp_path: Path) -> None:
     assert "a.safetensors, b.safetensors" in fail(*model, "--ip-adapter", folder)
     assert "cannot load b.safetensors" in fail(*model, "--ip-adapter", folder / "b.safetensors")
     other = tiny.base_adapter(tiny.stable_diffusion_xl().unet)
-    _save(other, folder / "c.safetensors")
+    save_adapter(other, folder / "c.safetensors")
     assert "cannot load c.safetensors for this model" in fail(*model, "--ip-adapter", folder / "c.safetensors")
 
     without = ("--model", weights / "no_encoder")
@@ -221,7 +179,8 @@ def test_no_gpu(fail: Fail) -> None:
 
 def test_without_diffusers(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    monkeypatch.delitem(sys.modules, "ipa_kernels.commands.demo", raising=False)
+    for name in ("demo", "generation"):
+        monkeypatch.delitem(sys.modules, f"ipa_kernels.commands.{name}", raising=False)
     assert "pip install 'ipa-kernels[diffusers]'" in fail()
 
 
@@ -236,8 +195,3 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_import_is_cheap() -> None:
     code = "import sys, ipa_kernels.cli; print({'torch', 'diffusers', 'PIL'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "set()\n"
-
-
-def _save(adapter: dict[str, dict[str, torch.Tensor]], path: Path) -> None:
-    """The flat keys of a .safetensors checkpoint: image_proj.… and ip_adapter.…"""
-    save_file({f"{part}.{name}": tensor for part, tensors in adapter.items() for name, tensor in tensors.items()}, path)

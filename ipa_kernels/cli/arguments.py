@@ -1,9 +1,15 @@
 """What the commands' parsers share: options that mean the same everywhere. argparse only."""
 
 import argparse
+import math
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 USER_ERROR = 2
+WEIGHT_HELP = (
+    "the weight file inside --ip-adapter, such as models/ip-adapter-plus_sd15.safetensors (default: the only one in the "
+    "folder, else the base adapter for the model, where h94/IP-Adapter has it)"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,16 +27,16 @@ def add_command(commands: Any, name: str, *, extra: str, help: str, description:
 
 
 def add_weights(command: Any) -> None:
-    """--model, --ip-adapter and what belongs to them; `commands.loading` reads them."""
+    """--model, --ip-adapter and what belongs to them, for one adapter; `commands.loading` reads them."""
+    weights = add_model(command)
+    weights.add_argument("--ip-adapter", metavar="PATH", help="its IP-Adapter: a weight file, a folder or a hub id")
+    weights.add_argument("--ip-adapter-weight", metavar="FILE", help=WEIGHT_HELP)
+
+
+def add_model(command: Any) -> Any:
+    """--model and --image-encoder; returns their group."""
     weights = command.add_argument_group("real weights")
     weights.add_argument("--model", metavar="PATH", help="a text-to-image pipeline with a UNet: a folder or a hub id")
-    weights.add_argument("--ip-adapter", metavar="PATH", help="its IP-Adapter: a weight file, a folder or a hub id")
-    weights.add_argument(
-        "--ip-adapter-weight",
-        metavar="FILE",
-        help="the weight file inside --ip-adapter, such as models/ip-adapter-plus_sd15.safetensors (default: the only one in "
-        "the folder, else the base adapter for the model, where h94/IP-Adapter has it)",
-    )
     weights.add_argument(
         "--image-encoder",
         metavar="FOLDER",
@@ -38,19 +44,54 @@ def add_weights(command: Any) -> None:
         help="the CLIP image encoder: a folder beside the weight file, or with a slash a folder inside --ip-adapter, such as "
         "models/image_encoder; only read where the pipeline has none (default: %(default)s)",
     )
+    return weights
 
 
-def add_machine(command: Any) -> None:
-    """--device and --dtype; `commands.loading` checks them."""
+def add_machine(command: Any) -> Any:
+    """--device and --dtype; `commands.loading` checks them. Returns their group."""
     machine = command.add_argument_group("the machine")
     machine.add_argument("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
     machine.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32 on the cpu, else float16"
     )
+    return machine
 
 
-def steps(text: str) -> int:
-    """At least two: the time of a step is measured from the end of the one before."""
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"needs a whole number from 2 up, got {text!r}")
+def whole_number(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number from `least` up."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"needs a whole number from {least} up, got {text!r}")
+        return int(text)
+
+    return read
+
+
+steps = whole_number(2)
+"""At least two: the time of a step is measured from the end of the one before."""
+
+
+def seed(text: str) -> int:
+    """What torch's generators take on every device."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"needs a whole number from 0 to 2**63 - 1, got {text!r}")
     return int(text)
+
+
+def multiple_of_8(text: str) -> int:
+    """The side of a picture: diffusers' pipelines refuse others."""
+    if not text.isdecimal() or int(text) < 8 or int(text) % 8:
+        raise argparse.ArgumentTypeError(f"needs a multiple of 8 in pixels, got {text!r}")
+    return int(text)
+
+
+def finite(text: str) -> float:
+    """A number that leaves a picture a picture."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"needs a number, got {text!r}")
+    return number

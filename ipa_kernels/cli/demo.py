@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .arguments import add_command, add_machine, add_weights, steps
+from .arguments import add_command, add_machine, add_weights, finite, seed, steps
 
 
 def add(commands: Any) -> None:
@@ -21,11 +21,11 @@ def add(commands: Any) -> None:
     picture.add_argument("--image", metavar="FILE", help="the reference picture (default: one drawn in code)")
     picture.add_argument("--prompt", metavar="TEXT", default="a lighthouse by the sea at sunset", help="default: %(default)s")
     picture.add_argument(
-        "--scale", metavar="X", type=float, default=0.8, help="strength of the IP-Adapter (default: %(default)s)"
+        "--scale", metavar="X", type=finite, default=0.8, help="strength of the IP-Adapter (default: %(default)s)"
     )
     picture.add_argument(
         "--steps", metavar="N", type=steps, default=20, help="denoising steps, at least 2 (default: %(default)s)"
     )
-    picture.add_argument("--seed", metavar="N", type=int, default=0, help="of both runs (default: %(default)s)")
+    picture.add_argument("--seed", metavar="N", type=seed, default=0, help="of both runs (default: %(default)s)")
     picture.add_argument("--output", metavar="FILE", default="demo.png", help="the PNG to write (default: %(default)s)")
     add_machine(demo)

@@ -1,6 +1,7 @@
 """A user's mistake, and an exception of a library, each in one line. Needs nothing but Python."""
 
 import textwrap
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -13,3 +14,8 @@ def why(error: BaseException) -> str:
         return f"nothing named {error} in it"
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return textwrap.shorten(text, 240, placeholder=" ...")
+
+
+def elsewhere(place: str) -> str:
+    """What to say before a message of the hub's about something that may have been meant as a folder."""
+    return "" if Path(place).exists() else "no such folder here; from the hub: "

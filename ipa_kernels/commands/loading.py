@@ -1,49 +1,69 @@
 """What the user names on a command line: pipelines, adapters, pictures, devices. A mistake is a `UserError` of one line."""
 
 import inspect
+import os
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
 from PIL import Image, ImageOps
 
+from .. import tiny
 from ..integration import explain
-from .errors import UserError, why
+from .adapter_files import WEIGHTS, check_encoder, check_encoder_folder, find
+from .errors import UserError, elsewhere, why
 
-_WEIGHTS = {".safetensors", ".bin"}
-_BASE_ADAPTERS = {768: "models/ip-adapter_sd15.safetensors", 2048: "sdxl_models/ip-adapter_sdxl.safetensors"}
-"""Where h94/IP-Adapter has the base adapter for a UNet, by the width of its text embeddings."""
+TINY_ADAPTERS: dict[str, Callable[..., Any]] = {"base": tiny.base_adapter, "plus": tiny.plus_adapter}
+"""What --ip-adapter names where there is no --model."""
 
 
-def load_pipeline(model: str, adapter: str, weight_name: str | None, image_encoder: str, dtype: torch.dtype) -> Any:
-    """The pipeline of --model with the weights of --ip-adapter."""
+class Weights(NamedTuple):
+    """An IP-Adapter as the user names it, and the weight file in it, where that is named too."""
+
+    adapter: str
+    weight: str | None = None
+
+
+def load_pipeline(model: str, adapters: Sequence[Weights], image_encoder: str, dtype: torch.dtype) -> Any:
+    """The pipeline of --model with the weights of each --ip-adapter."""
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype)
     except Exception as error:  # diffusers, transformers, safetensors, pickle and the hub, each with errors of its own
-        raise UserError(f"--model {model}: {_elsewhere(model)}{why(error)}") from error
+        raise UserError(f"--model {model}: {elsewhere(model)}{why(error)}") from error
     _check_kind(model, pipe)
-    repository, weight = _adapter_file(adapter, weight_name, pipe.unet.config.cross_attention_dim)
+    files = [find(adapter, weight, pipe.unet) for adapter, weight in adapters]
     if getattr(pipe, "image_encoder", None) is None:
-        _check_encoder(repository, weight, image_encoder)
+        check_encoder_folder(files[0], image_encoder)
     try:
         pipe.load_ip_adapter(
-            repository.as_posix(),
-            subfolder="" if weight.parent == Path() else weight.parent.as_posix(),
-            weight_name=weight.name,
+            [file.repository.as_posix() for file in files],
+            subfolder=["" if file.weight.parent == Path() else file.weight.parent.as_posix() for file in files],
+            weight_name=[file.weight.name for file in files],
             image_encoder_folder=image_encoder,
         )
     except Exception as error:  # as above
-        reason = f"{_elsewhere(adapter)}{why(error)}"
-        raise UserError(f"--ip-adapter {adapter}: cannot load {weight} for this model: {reason}") from error
+        names, weights = (", ".join(map(str, column)) for column in zip(*((f.adapter, f.weight) for f in files), strict=True))
+        reason = f"{elsewhere(files[0].adapter)}{why(error)}"
+        raise UserError(f"--ip-adapter {names}: cannot load {weights} for this model: {reason}") from error
+    for file in files:
+        check_encoder(file, pipe.image_encoder)
     return pipe
 
 
-def check_paths(model: Path, adapter: Path) -> None:
+def build_pipeline(dtype: torch.dtype, adapters: Sequence[str] = ("base",)) -> Any:
+    """The small pipeline with CLIP encoders and one or more of `TINY_ADAPTERS`, all weights random."""
+    pipe = tiny.stable_diffusion(encoders=True)
+    tiny.load(pipe, *(TINY_ADAPTERS[name](pipe.unet, seed=i) for i, name in enumerate(adapters)))
+    return pipe.to(dtype=dtype)
+
+
+def check_paths(model: Path, *adapters: Path) -> None:
     """What is not here has to look like a hub id, owner/name: a typing error need not wait for the network."""
-    for flag, path in (("--model", model), ("--ip-adapter", adapter)):
-        hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path.as_posix()) and path.suffix not in _WEIGHTS
+    for flag, path in (("--model", model), *(("--ip-adapter", adapter) for adapter in adapters)):
+        hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path.as_posix()) and path.suffix not in WEIGHTS
         if not path.exists() and not hub_id:
             raise UserError(f"{flag} {path}: no such file or folder")
     if model.is_file():
@@ -51,9 +71,12 @@ def check_paths(model: Path, adapter: Path) -> None:
 
 
 def writable(path: str) -> Path:
+    """The file of --output, which is written at the end: a mistake in it should not wait until then."""
     output = Path(path)
     if output.suffix.lower() != ".png" or not output.parent.is_dir():
         raise UserError(f"--output {path}: needs the name of a .png file in a folder that exists")
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output {path}: cannot be written there")
     return output
 
 
@@ -67,12 +90,32 @@ def available_device(device: str | None) -> torch.device:
         raise UserError(f"--device {name}: not available here: {why(error)}") from error
 
 
-def read_picture(path: str) -> Image.Image:
+def chosen_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype of --dtype; without it float32 on the cpu, else float16."""
+    dtype: torch.dtype = getattr(torch, name or ("float32" if device.type == "cpu" else "float16"))
+    return dtype
+
+
+def place(pipe: Any, device: torch.device, offload: str) -> None:
+    """Put the pipeline where it computes; "model" and "sequential" keep on the device only what runs."""
+    try:
+        if offload == "model":
+            pipe.enable_model_cpu_offload(device=device)
+        elif offload == "sequential":
+            pipe.enable_sequential_cpu_offload(device=device)
+        else:
+            pipe.to(device)
+    except ImportError as error:
+        raise UserError(f"--offload {offload}: needs accelerate: pip install accelerate") from error
+
+
+def read_picture(path: str, flag: str = "--image", mode: str = "RGB") -> Image.Image:
+    """The picture in a file, the way up that its camera says."""
     try:
         with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            return ImageOps.exif_transpose(picture).convert(mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"--image {path}: no picture that can be read: {why(error)}") from error
+        raise UserError(f"{flag} {path}: no picture that can be read: {why(error)}") from error
 
 
 def _check_kind(model: str, pipe: Any) -> None:
@@ -82,34 +125,5 @@ def _check_kind(model: str, pipe: Any) -> None:
         explain(pipe)
     except TypeError as error:
         raise UserError(f"--model {model}: a {type(pipe).__name__} has no UNet that takes IP-Adapters") from error
-    if "ip_adapter_image" not in inputs or "image" in inputs:
+    if "ip_adapter_image" not in inputs or {"image", "num_frames"} & set(inputs):
         raise UserError(f"--model {model}: a {type(pipe).__name__} is no text-to-image pipeline that takes IP-Adapters")
-
-
-def _adapter_file(adapter: str, named: str | None, width: int) -> tuple[Path, Path]:
-    """The folder or hub id of an IP-Adapter, and its weight file inside of it."""
-    place = Path(adapter)
-    if place.is_file():
-        return place.parent, Path(place.name)
-    if named is not None:
-        return place, Path(named)
-    found = [path.name for path in sorted(place.glob("*")) if path.suffix in _WEIGHTS]
-    if len(found) > 1:
-        raise UserError(f"--ip-adapter {adapter}: choose one with --ip-adapter-weight: {', '.join(found)}")
-    if found:
-        return place, Path(found[0])
-    base = _BASE_ADAPTERS.get(width)
-    if base is None or (place.is_dir() and not (place / base).is_file()):
-        raise UserError(f"--ip-adapter {adapter}: no weights (.safetensors, .bin) found; --ip-adapter-weight names the file")
-    return place, Path(base)
-
-
-def _check_encoder(repository: Path, weight: Path, encoder: str) -> None:
-    """Where a folder has no image encoder either, diffusers complains about a file that nobody has heard of."""
-    folder = repository / encoder if "/" in encoder else (repository / weight).parent / encoder
-    if repository.is_dir() and not folder.is_dir():
-        raise UserError(f"--ip-adapter {repository}: the model has no image encoder; no {folder} either (see --image-encoder)")
-
-
-def _elsewhere(place: str) -> str:
-    return "" if Path(place).exists() else "no such folder here; from the hub: "

@@ -1,6 +1,13 @@
-"""The pictures of the demo: the reference that it draws, and the row in which it shows what it compared."""
+"""Pictures: the demo's reference, the sheet that shows what was compared, and PNGs that are written whole or not at all."""
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+from .errors import UserError, why
 
 
 def draw_reference() -> Image.Image:
@@ -19,25 +26,79 @@ def draw_reference() -> Image.Image:
     return picture
 
 
-def compose(
-    reference: Image.Image, stock: Image.Image, fused: Image.Image, difference: Image.Image, largest: int
-) -> Image.Image:
-    """The four pictures in a row, a caption over each; small ones are enlarged without smoothing."""
-    factor = max(1, 256 // max(stock.size))
-    width, height = size = (stock.width * factor, stock.height * factor)
-    gain = 255 // largest if largest else 1
-    amplified = f"difference, amplified {gain} times" if largest else "difference (none)"
-    panels = {
-        "reference": ImageOps.pad(reference, size, color="white"),
-        f"stock ({stock.width}x{stock.height})": stock.resize(size, Image.Resampling.NEAREST),
-        "accelerated": fused.resize(size, Image.Resampling.NEAREST),
-        amplified: difference.point(lambda value: value * gain).resize(size, Image.Resampling.NEAREST),
-    }
-    gap, head = 12, 32
-    sheet = Image.new("RGB", (gap + len(panels) * (width + gap), head + height + gap), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (caption, panel) in enumerate(panels.items()):
-        left = gap + i * (width + gap)
-        pen.text((left, head // 2), caption, fill="black", font=ImageFont.load_default(14), anchor="lm")
-        sheet.paste(panel, (left, head))
+class Panel(NamedTuple):
+    """A picture, and one or more short lines over it."""
+
+    caption: str
+    picture: Image.Image
+
+
+def largest_difference(stock: Image.Image, fused: Image.Image) -> int:
+    """Of any channel of any pixel, of 255."""
+    return max(ImageChops.difference(stock, fused).tobytes())
+
+
+def compose(inputs: Sequence[Panel], stock: Panel, fused: Panel) -> Image.Image:
+    """Inputs, stock, accelerated and their difference, a caption over each: in one row if four, else results in the last.
+
+    Small pictures are enlarged without smoothing. The difference is grey, of each pixel the channel that differs most, so
+    that none is lost in print. Lengths are in 256ths of a panel's width: captions look the same at any size.
+    """
+    factor = max(1, 256 // max(stock.picture.size))
+    width, height = size = (stock.picture.width * factor, stock.picture.height * factor)
+    results = [
+        Panel(panel.caption, panel.picture.resize(size, Image.Resampling.NEAREST))
+        for panel in (stock, fused, _difference(stock.picture, fused.picture))
+    ]
+    references = [Panel(panel.caption, ImageOps.pad(panel.picture, size, color="lightgrey")) for panel in inputs]
+    rows = [references[i : i + 4] for i in range(0, len(references), 4)]
+    rows = [references + results] if len(references) == 1 else [*rows, results]
+
+    column = max(width, 256)
+    unit = column / 256
+    lines = max(panel.caption.count("\n") for row in rows for panel in row)
+    gap, line, head = round(12 * unit), round(18 * unit), round(32 * unit) + round(18 * unit) * lines
+    sheet = Image.new(
+        "RGB", (gap + max(map(len, rows)) * (column + gap), gap + len(rows) * (head + height) + (len(rows) - 1) * gap), "white"
+    )
+    pen, font, edge = ImageDraw.Draw(sheet), ImageFont.load_default(14 * unit), max(1, round(unit / 2))
+    for i, row in enumerate(rows):
+        top = i * (head + height + gap) + head
+        for j, panel in enumerate(row):
+            left = gap + j * (column + gap)
+            for k, text in enumerate(panel.caption.split("\n")):
+                baseline = top - head + round(16 * unit) + k * line
+                pen.text((left, baseline), _fitting(text, font, column), fill="black", font=font, anchor="lm")
+            pen.rectangle((left - edge, top - edge, left + width + edge - 1, top + height + edge - 1), fill="grey")
+            sheet.paste(panel.picture, (left, top))
     return sheet
+
+
+def save(picture: Image.Image, path: Path, settings: str = "") -> None:
+    """Write a PNG, whole or not at all; what it was made with goes into its text. Raises UserError where that fails."""
+    text = PngInfo()
+    if settings:
+        text.add_itxt("ipa-kernels", settings)
+    part = path.with_name(f"{path.name}.part")
+    try:
+        picture.save(part, "PNG", pnginfo=text)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise UserError(f"--output {path}: {why(error)}") from error
+
+
+def _difference(stock: Image.Image, fused: Image.Image) -> Panel:
+    largest = largest_difference(stock, fused)
+    if not largest:
+        return Panel("difference: none", Image.new("RGB", stock.size))
+    red, green, blue = ImageChops.difference(stock, fused).split()
+    most, gain = ImageChops.lighter(ImageChops.lighter(red, green), blue), 255 // largest
+    return Panel(f"difference: {largest} of 255, shown x{gain}", most.point(lambda value: value * gain).convert("RGB"))
+
+
+def _fitting(text: str, font: Any, width: int) -> str:
+    """The text, or as much of it as is not wider."""
+    if font.getlength(text) <= width:
+        return text
+    return next(short for end in range(len(text), -1, -1) if font.getlength(short := f"{text[:end]}...") <= width)

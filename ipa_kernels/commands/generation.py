@@ -1,0 +1,159 @@
+"""One picture from a pipeline, accelerated or stock, with the time of a step: what `demo` and `generate` share."""
+
+import logging
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+import transformers
+from PIL import Image
+
+from ..integration import accelerated
+from ..report import Report
+from .errors import UserError, why
+from .pictures import largest_difference
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate: `pipe(**arguments)` from a seed. device: where the pipeline computes, which offloading hides."""
+
+    pipe: Any
+    device: torch.device
+    arguments: dict[str, Any]
+    steps: int
+    seed: int
+
+
+class Result(NamedTuple):
+    """A picture, and the median time in ms from the end of one step to the end of the next; NaN where there was one step."""
+
+    picture: Image.Image
+    step_ms: float
+
+
+def accelerate(request: Request) -> tuple[Result, Report]:
+    """Generate accelerated. Raises UserError where stock diffusers cannot either; what is ours alone is raised as it is."""
+    try:
+        with accelerated(request.pipe) as report:
+            return _generate(request, "accelerated"), report
+    except Exception as error:
+        if _out_of_memory(error):
+            raise
+        _stock(request)
+        raise
+
+
+def compare(request: Request) -> tuple[Result, Result, Report]:
+    """Generate stock, then accelerated, each after one step to warm up. Raises UserError where stock diffusers cannot."""
+    stock = _stock(request, warm_up=True)
+    with accelerated(request.pipe) as report:
+        return stock, _generate(request, "accelerated", warm_up=True), report
+
+
+def print_outcome(report: Report, fused: Result, stock: Result | None = None) -> None:
+    """What ran where and why, what differs from stock where that ran too, and the times."""
+    print(report)
+    if stock:
+        print(f"max difference: {largest_difference(stock.picture, fused.picture)}")
+    if math.isnan(fused.step_ms):
+        print("time per step: not measured in one step")
+    elif stock:
+        print(f"time per step: stock {stock.step_ms:.1f} ms, accelerated {fused.step_ms:.1f} ms (medians)")
+    else:
+        print(f"time per step: {fused.step_ms:.1f} ms (median)")
+    if not report.triton:
+        times = "these two times show no speedup, and are not meant to" if stock else "--compare would show no speedup"
+        print(f"the kernel did not run here: {times}")
+    if (stock or fused).picture.getcolors(1):
+        whose = "stock picture" if stock else "picture"
+        print(f"note: the {whose} is a single colour (overflow in this dtype, or the pipeline's safety checker)")
+
+
+@contextmanager
+def enough_memory(device: torch.device, advice: Sequence[str]) -> Iterator[None]:
+    """Raises UserError with the advice where memory runs out."""
+    try:
+        yield
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
+        helps = f"what would help: {', '.join(advice)}" if advice else "this needs another device"
+        raise UserError(f"--device {device}: not enough memory; {helps} ({why(error)})") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The libraries' own log lines, warnings and loading bars stay away: what matters is in the report or in an error line."""
+    bars = [library.utils.logging for library in (diffusers, transformers)]
+    shown = [bar for bar in bars if bar.is_progress_bar_enabled()]
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    for bar in shown:
+        bar.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for bar in shown:
+            bar.enable_progress_bar()
+        logging.disable(level)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """The small pipeline computes too little for several threads, which stall each other where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _stock(request: Request, *, warm_up: bool = False) -> Result:
+    try:
+        return _generate(request, "stock", warm_up=warm_up)
+    except Exception as error:  # a model that loads may still lack anything, and says so in its own way
+        if _out_of_memory(error):
+            raise
+        raise UserError(f"stock diffusers cannot run this model, adapter and picture: {why(error)}") from error
+
+
+def _generate(request: Request, label: str, *, warm_up: bool = False) -> Result:
+    pipe, ends = request.pipe, list[float]()
+
+    def step_end(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if request.device.type == "cuda":
+            torch.cuda.synchronize(request.device)  # else the clock is read before the step is done
+        ends.append(time.perf_counter())
+        return tensors
+
+    def call(steps: int) -> Image.Image:
+        generator = torch.Generator().manual_seed(request.seed)
+        result = pipe(**request.arguments, num_inference_steps=steps, generator=generator, callback_on_step_end=step_end)
+        picture: Image.Image = result.images[0]
+        return picture
+
+    if warm_up:
+        pipe.set_progress_bar_config(disable=True)
+        call(1)
+        ends.clear()
+    pipe.set_progress_bar_config(desc=f"{label:11}")
+    picture = call(request.steps)
+    intervals = [end - start for start, end in pairwise(ends)]
+    return Result(picture, 1e3 * statistics.median(intervals) if intervals else math.nan)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """The CPU's allocator raises a RuntimeError like any other."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
