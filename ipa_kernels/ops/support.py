@@ -42,7 +42,7 @@ def kernel_module() -> ModuleType | None:
     """`ipa_kernels.kernels.launch`, or None where triton cannot be imported."""
     try:
         return _import_kernel()
-    except ImportError:
+    except Exception:  # a triton that does not fit torch, Python or the system fails in ways of its own
         return None
 
 
@@ -88,7 +88,7 @@ def layer_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> li
     kernel = kernel_module()
     reasons = []
     if kernel is None:
-        reasons.append("triton: cannot be imported; install ipa-kernels[triton]")
+        reasons.append("triton: cannot be imported; install ipa-kernels[triton] (ipa-kernels doctor says why)")
     interpreted = kernel is not None and kernel.INTERPRETED
     if device.type not in ("cpu", "cuda"):
         reasons.append(f"device {device}: the kernel runs on CUDA and ROCm GPUs")
