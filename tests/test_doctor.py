@@ -177,6 +177,27 @@ def test_the_interpreter_is_in_the_way_of_a_gpu(gpu: GPU, doctor: Doctor, monkey
     assert {group["impl"] for group in found["devices"][0]["inference"]} == {"eager"}
 
 
+@pytest.mark.parametrize(
+    ("arch", "system", "status", "do"),
+    [
+        ("sm_90", "linux", 1, "pip install 'ipa-kernels[triton]'"),
+        ("gfx942", "linux", 1, "reinstall torch for ROCm"),
+        ("sm_90", "win32", 0, None),
+    ],
+)
+def test_a_gpu_without_triton(
+    arch: str, system: str, status: int, do: str | None, gpu: GPU, doctor: Doctor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu(arch)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "ipa_kernels.kernels.launch")
+    monkeypatch.setattr(sys, "platform", system)
+    found_status, found = doctor()
+    assert found_status == status
+    assert [problem["do"].startswith(do) for problem in found["problems"]] == [True] * status
+    assert status or "triton is not installed: no kernel, eager attention everywhere" in found["notes"]
+
+
 def test_a_launch_that_fails_or_is_wrong(gpu: GPU, doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu("sm_90")
 
@@ -256,7 +277,13 @@ def test_a_gpu_that_torch_does_not_see(
 
 
 def test_versions_below_the_floors(no_gpu: None, doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
-    floors = ["torch>=2.13", "diffusers<9,>=0.42.1; extra == 'diffusers'", "diffusers>=0.42.1; extra == 'dev'", "peft>=0.21"]
+    floors = [
+        "torch>=2.13",
+        "diffusers<9,>=0.42.1; extra == 'diffusers'",
+        "diffusers>=0.42.1; extra == 'dev'",
+        "peft>=0.21",
+        "numpy>=2.4.0",
+    ]
     versions = {"torch": "2.13.0+cpu", "diffusers": "0.9.12", "peft": "not a version", "numpy": "2.4"}
     monkeypatch.setattr(probes, "requires", lambda name: floors)
     monkeypatch.setattr(probes, "_version", versions.get)
@@ -329,7 +356,7 @@ NEVER = (
 def broken(folder: Path, error: str, *packages: str) -> None:
     for package in packages:
         (folder / package).mkdir(parents=True)
-        (folder / package / "__init__.py").write_text(f"raise {error}\n")
+        (folder / package / "__init__.py").write_text(f"print('hello')\nraise {error}\n")
 
 
 def in_a_process(folder: Path, *options: str) -> tuple[int, str]:
