@@ -51,6 +51,8 @@ check: $(READY) ## format, lint, types, direction of imports
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/mypy --python-version 3.12 --platform win32 ipa_kernels
+	@$(BIN)/mypy --python-version 3.13 --platform darwin ipa_kernels
 	@$(BIN)/lint-imports
 
 format: $(READY) ## format the code

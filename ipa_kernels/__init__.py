@@ -7,11 +7,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import reference as reference
     from .graphs import graphed
     from .integration import accelerated, clear_cache, disable, enable, explain
     from .ops import UnsupportedError, decoupled_attention
     from .preparation import prepare
     from .report import FallbackWarning, GraphReport, LayerReport, Report
+
+    __version__: str
 
 _HOMES = {
     "accelerated": "integration",
@@ -46,16 +49,26 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
+def _version() -> str:
+    """The version that is installed; "0+uninstalled" where a source tree runs that is not."""
+    from importlib.metadata import PackageNotFoundError, version
 
+    try:
         return version("ipa-kernels")
-    if name == "reference":
-        return importlib.import_module(".reference", __name__)
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    except PackageNotFoundError:
+        return "0+uninstalled"
+
+
+if not TYPE_CHECKING:  # a type checker that saw this would take every name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            return _version()
+        if name == "reference":
+            return importlib.import_module(".reference", __name__)
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

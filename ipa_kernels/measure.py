@@ -4,6 +4,8 @@ A time on its own says little, so candidates are timed in turns within one run a
 what a caller waits for, launches included; `replay` measures the time of the device alone.
 """
 
+import functools
+import json
 import os
 import platform
 import statistics
@@ -12,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -60,19 +62,26 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
         "interpreter": os.environ.get("TRITON_INTERPRET") == "1",
         "diffusers": _version("diffusers"),
         "ipa_kernels": _version("ipa-kernels"),
-        "commit": _output("git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
+        "commit": _commit(package),
         "source": _digest(package),
     }
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        facts["gpu"] = properties.name
-        facts["capability"] = f"{properties.major}.{properties.minor}"
-        facts["multiprocessors"] = properties.multi_processor_count
-        facts["l2_bytes"] = properties.L2_cache_size
-        facts["memory_bytes"] = properties.total_memory
-        facts["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        facts["cuda"] = torch.version.cuda or torch.version.hip
+        facts |= gpu_facts(device)
     return facts
+
+
+def gpu_facts(device: torch.device) -> dict[str, Any]:
+    """Of a CUDA or ROCm device: what it is, and what drives it."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "memory_bytes": properties.total_memory,
+        "driver": _driver(),
+        "cuda": torch.version.cuda or torch.version.hip,
+    }
 
 
 def first_line(error: BaseException) -> str:
@@ -106,6 +115,28 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _commit(package: Path) -> str | None:
+    """Of the clone that the package is part of, else the one that pip installed it from; a repository around is neither."""
+    if (package.parent / ".git").exists():
+        return output_of("git", "-C", str(package), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    try:
+        installed = distribution("ipa-kernels")
+        if Path(str(installed.locate_file(package.name))).resolve() != package.resolve():
+            return None
+        origin = json.loads(installed.read_text("direct_url.json") or "{}")
+    except (PackageNotFoundError, OSError, ValueError):
+        return None
+    commit = origin.get("vcs_info", {}).get("commit_id")
+    return None if commit is None else str(commit)
+
+
+@functools.cache
+def _driver() -> str | None:
+    """Of NVIDIA's GPUs, which share one."""
+    found = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return None if found is None else found.splitlines()[0]
+
+
 def _digest(package: Path) -> str:
     """Of the package's source: names the code where there is no git, or where it was edited since the commit."""
     digest = sha256()
@@ -114,8 +145,12 @@ def _digest(package: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _output(*command: str) -> str | None:
+def output_of(*command: str) -> str | None:
+    """What a program prints, None where there is none or it fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip() or None
+        return (
+            subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=20).stdout.strip()
+            or None
+        )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -7,10 +7,10 @@ from types import ModuleType
 
 from .. import __version__
 from ..commands.errors import UserError
-from . import demo, generate
+from . import demo, doctor, generate
 from .arguments import USER_ERROR, Parser
 
-_COMMANDS = (demo, generate)
+_COMMANDS = (demo, doctor, generate)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,9 +19,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(USER_ERROR, f"{self.prog}: {message} (--help lists the options)\n")
 
 
-def add_command(commands: Any, name: str, *, extra: str, help: str, description: str) -> Any:
+def add_command(commands: Any, name: str, *, extra: str, help: str, description: str, epilog: str | None = None) -> Any:
     """The parser of the command whose work is `ipa_kernels.commands.NAME`; `extra` installs what it imports."""
-    command = commands.add_parser(name, help=help, description=description)
+    command = commands.add_parser(name, help=help, description=description, epilog=epilog)
     command.set_defaults(command=name, extra=extra)
     return command
 

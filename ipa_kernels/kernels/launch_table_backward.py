@@ -59,14 +59,14 @@ def refusal(arch: str, bits: int, head_dim: int, image_keys: int = 0) -> str | N
         return f"device architecture {arch}: not in the backward's launch table ({', '.join(archs)})"
     fitting = [row.config for row in rows if head_dim in row.head_dims]
     if not fitting:
-        known = _listed(sorted({known for row in rows for known in row.head_dims}))
+        known = listed(sorted({known for row in rows for known in row.head_dims}))
         return f"head dim {head_dim}: the backward's launch table has {known} on {arch}, in {bits} bits"
     limit = max(config.max_image_keys for config in fitting)
     return f"{image_keys} image keys: the backward's launch table has up to {limit} on {arch} at head dim {head_dim}"
 
 
-def _listed(head_dims: list[int]) -> str:
-    """As in "40 to 64, 80"."""
+def listed(head_dims: list[int]) -> str:
+    """Head dims as in "40 to 64, 80"."""
     found = []
     for first in (d for d in head_dims if d - 8 not in head_dims):
         last = next(d for d in range(first, LARGEST_HEAD_DIM + 1, 8) if d + 8 not in head_dims)

@@ -42,7 +42,7 @@ def kernel_module() -> ModuleType | None:
     """`ipa_kernels.kernels.launch`, or None where triton cannot be imported."""
     try:
         return _import_kernel()
-    except ImportError:
+    except Exception:  # a triton that does not fit torch, Python or the system fails in ways of its own
         return None
 
 
@@ -88,7 +88,7 @@ def layer_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> li
     kernel = kernel_module()
     reasons = []
     if kernel is None:
-        reasons.append("triton: cannot be imported; install ipa-kernels[triton]")
+        reasons.append("triton: cannot be imported; install ipa-kernels[triton] (ipa-kernels doctor says why)")
     interpreted = kernel is not None and kernel.INTERPRETED
     if device.type not in ("cpu", "cuda"):
         reasons.append(f"device {device}: the kernel runs on CUDA and ROCm GPUs")
@@ -132,15 +132,15 @@ def slower_reasons(problem: Problem) -> list[str]:
     return [] if reason is None else [reason]
 
 
-def _length_reasons(problem: Problem) -> list[str]:
-    """Why the table refuses the lengths of the image branches, where it does not refuse the head dim already."""
-    query, kernel = problem.query, kernel_module()
-    if query.device.type != "cuda" or query.dtype not in _BITS or (kernel is not None and kernel.INTERPRETED):
+def length_reasons(device: torch.device, dtype: torch.dtype, head_dim: int, image_keys: int) -> list[str]:
+    """Why the table refuses image branches of up to so many keys, where it does not refuse the head dim already."""
+    kernel = kernel_module()
+    if device.type != "cuda" or dtype not in _BITS or (kernel is not None and kernel.INTERPRETED):
         return []
-    arch, bits, head_dim = architecture(query.device), _BITS[query.dtype], query.shape[3]
+    arch, bits = architecture(device), _BITS[dtype]
     if launch_table.refusal(arch, bits, head_dim) is not None:
         return []
-    refused = launch_table.refusal(arch, bits, head_dim, max(problem.lengths[1:], default=0))
+    refused = launch_table.refusal(arch, bits, head_dim, image_keys)
     return [] if refused is None else [refused]
 
 
@@ -148,7 +148,8 @@ def call_reasons(problem: Problem) -> list[str]:
     """Why the kernel cannot run this very call; empty where it can."""
     query = problem.query
     reasons = layer_reasons(query.device, query.dtype, query.shape[3])
-    reasons += _length_reasons(problem)
+    image_keys = max(problem.lengths[1:], default=0)
+    reasons += length_reasons(query.device, query.dtype, query.shape[3], image_keys)
     if problem.attn_mask is not None:
         reasons.append(_BIAS)
     if not 1e-30 < problem.softmax_scale < 1e30:
@@ -156,7 +157,7 @@ def call_reasons(problem: Problem) -> list[str]:
     if query.shape[0] > 65535:
         reasons.append(f"batch {query.shape[0]}: a GPU grid ends at 65535")
     if needs_gradient(problem):
-        reasons += _backward_reasons(query.device, query.dtype, query.shape[3], max(problem.lengths[1:], default=0))
+        reasons += gradient_reasons(query.device, query.dtype, query.shape[3], image_keys)
     if torch.autograd.forward_ad._current_level >= 0:
         reasons.append("forward-mode differentiation: the kernel has no tangents; leaving its dual level lifts this")
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -178,7 +179,7 @@ def _device_reasons(device: torch.device, dtype: torch.dtype, head_dim: int, imp
     if impl == "auto":
         reasons += automatic_reasons(device, dtype)
     if gradient and not reasons:
-        reasons += _backward_reasons(device, dtype, head_dim, 0)
+        reasons += gradient_reasons(device, dtype, head_dim, 0)
     return tuple(reasons)
 
 
@@ -192,8 +193,8 @@ def graph_reasons(problem: Problem, impl: str) -> list[str]:
     return reasons
 
 
-def _backward_reasons(device: torch.device, dtype: torch.dtype, head_dim: int, image_keys: int) -> list[str]:
-    """Why the backward kernel cannot run where the forward's can."""
+def gradient_reasons(device: torch.device, dtype: torch.dtype, head_dim: int, image_keys: int) -> list[str]:
+    """Why the backward kernel cannot run where the forward's can, with image branches of up to so many keys."""
     kernel = kernel_module()
     if device.type != "cuda" or dtype not in _BITS or (kernel is not None and kernel.INTERPRETED):
         return []
