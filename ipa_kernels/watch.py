@@ -55,7 +55,9 @@ def first_step(call: Callable[[], object]) -> tuple[tuple[Any, ...], dict[str, A
         return arguments, options
     finally:
         _THREAD.stops = False
-    raise RuntimeError("the pipeline returned without a step of an enabled UNet")
+    raise RuntimeError(
+        "pipe: expected a pipeline that runs its UNet with these arguments, got one that returned without a step"
+    )
 
 
 class Options(NamedTuple):
