@@ -1,0 +1,292 @@
+"""Somebody who types what the pages say, on a machine without a GPU and without the hub.
+
+What stands in for real weights: the models below, random and narrow, with the blocks and layers of the real ones; adapters in
+the checkpoint format that a load reads; pictures in an empty folder. A generation takes two steps, `.to("cuda")` stays on the
+CPU, and `torch.compile` compiles with the backend "eager". All else is what a user gets.
+"""
+
+import argparse
+import contextlib
+import io
+import re
+import runpy
+import shlex
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import diffusers
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.loaders import IPAdapterMixin
+from PIL import Image
+
+from ipa_kernels import cli, tiny
+from ipa_kernels.commands.pictures import draw_reference
+
+from ..zoo.life import Life, lora
+from .pages import ROOT, Block
+
+STEPS = 2
+"""Of a generation; a page whose output counts them has as many as a pipeline takes by itself."""
+
+ALL_STEPS = ("README.md",)
+
+
+def stable_diffusion() -> Any:
+    """The 16 cross-attentions of Stable Diffusion 1.5, of width 32 and 64."""
+    pipe = tiny.stable_diffusion(encoders=True)
+    torch.manual_seed(0)
+    pipe.unet = UNet2DConditionModel(
+        block_out_channels=(32, 64, 64, 64), sample_size=16, cross_attention_dim=tiny.CROSS_ATTENTION_DIM, attention_head_dim=4
+    )
+    return pipe
+
+
+def stable_diffusion_xl() -> Any:
+    """The 70 cross-attentions of SDXL, of width 32 and 64."""
+    pipe = tiny.stable_diffusion_xl(encoders=True)
+    config = dict(pipe.unet.config) | {
+        "block_out_channels": (32, 64, 64),
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (2, 4, 4),
+        "transformer_layers_per_block": (1, 2, 10),
+    }
+    torch.manual_seed(0)
+    pipe.unet = UNet2DConditionModel(**{name: value for name, value in config.items() if not name.startswith("_")})
+    return pipe
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": stable_diffusion,
+    "stabilityai/stable-diffusion-xl-base-1.0": stable_diffusion_xl,
+}
+ADAPTERS: dict[tuple[str, str], Callable[[Any], Any]] = {
+    ("models", "ip-adapter_sd15.safetensors"): tiny.base_adapter,
+    ("models", "ip-adapter-plus_sd15.safetensors"): tiny.plus_adapter,
+    ("sdxl_models", "ip-adapter_sdxl_vit-h.safetensors"): tiny.base_adapter,
+    ("sdxl_models", "ip-adapter-plus_sdxl_vit-h.safetensors"): tiny.plus_adapter,
+}
+"""By folder and name in h94/IP-Adapter; and "run", what examples/train_ip_adapter.py wrote."""
+LORAS = ("style.safetensors",)
+
+
+class Parsed(Exception):
+    """A command's parser has taken its arguments."""
+
+
+class User:
+    """Runs blocks in one folder and one namespace, which is what a page has.
+
+    The namespace holds what a reader of README has: `pipe`, a Stable Diffusion 1.5 without an IP-Adapter; `reference`, a
+    picture; and `query`, `key`, `value`, `image_key`, `image_value` of a layer.
+    """
+
+    def __init__(self) -> None:
+        for name, colour in (("style.png", "orange"), ("red.png", "red"), ("blue.png", "blue")):
+            Image.new("RGB", (64, 48), colour).save(name)
+        draw_reference().save("reference.png")
+        for name, left in (("left.png", 0), ("right.png", 32)):
+            mask = Image.new("L", (64, 64))
+            mask.paste(255, (left, 0, left + 32, 64))
+            mask.save(name)
+        torch.manual_seed(0)
+        layer = {name: torch.randn(2, 4, length, 8) for name, length in (("query", 64), ("key", 77), ("value", 77))}
+        image = {name: torch.randn(2, 4, 4, 8) for name in ("image_key", "image_value")}
+        self.names: dict[str, Any] = {"pipe": quiet(stable_diffusion()), "reference": draw_reference(), **layer, **image}
+        self.printed = ""
+
+    def do(self, block: Block) -> None:
+        """Run a block, check its arguments, or compare it with what the block before printed."""
+        if block.kind == "output compared":
+            same_output(block, self.printed)
+        elif block.kind == "run" and block.language == "python":
+            self.printed = self._python(block)
+        elif block.language == "sh":
+            printed = [self._command(block, words) for words in commands(block.text)]
+            self.printed = "".join(printed)
+
+    def _python(self, block: Block) -> str:
+        code = compile("\n" * block.line + block.text, str(block.page), "exec")
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(code, self.names)
+        return out.getvalue()
+
+    def _command(self, block: Block, words: list[str]) -> str:
+        """Check one line of a shell; run it, and return what it prints, where the page says what that is."""
+        name, *arguments = words
+        name = Path(name).name
+        if name in ("ipa-kernels", "ipa_kernels"):
+            return run(arguments) if block.kind == "run" else parse(lambda: cli.main(arguments), words)
+        if block.kind == "run":
+            pytest.fail(f"{block}: the tests run ipa-kernels, and compare what it prints; not {name}")
+        if name.startswith("python") and arguments[:1] == ["-m"]:
+            return check_module(arguments[1], arguments[2:])
+        if name.startswith("python"):
+            return check_script(arguments)
+        if name == "accelerate":
+            return check_script(arguments[next(i for i, word in enumerate(arguments) if word.endswith(".py")) :])
+        if name == "make":
+            return check_targets(arguments)
+        if name == "pip":
+            return check_requirements(arguments)
+        if name in ("git", "cd"):
+            return ""
+        pytest.fail(f"{block}: no test knows the command {name}")
+
+
+def quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@contextlib.contextmanager
+def without_hub_and_gpu(page: str = "") -> Iterator[None]:
+    """The stand-ins of this module, in the places of what they stand in for."""
+    most = 1000 if page in ALL_STEPS else STEPS
+    load, to, timesteps, compiler = (
+        IPAdapterMixin.load_ip_adapter,
+        diffusers.DiffusionPipeline.to,
+        diffusers.DDIMScheduler.set_timesteps,
+        torch.compile,
+    )
+
+    def from_pretrained(kind: Any, path: Any, **options: Any) -> Any:
+        pipe = MODELS[str(path)]()
+        return quiet(pipe if isinstance(pipe, kind) else kind.from_pipe(pipe))
+
+    def load_ip_adapter(pipe: Any, repository: Any, subfolder: Any, weight_name: Any, **options: Any) -> None:
+        folders, names = ([x] if isinstance(x, str) else x for x in (subfolder, weight_name))
+        if repository == "run":
+            adapters = [tiny.base_adapter(pipe.unet)]
+        else:
+            assert repository == "h94/IP-Adapter", f"no stand-in for {repository}"
+            folders = folders * len(names) if len(folders) == 1 else folders
+            adapters = [ADAPTERS[key](pipe.unet) for key in zip(folders, names, strict=True)]
+        blanks = [""] * len(adapters)
+        if pipe.image_encoder is None:
+            pipe.register_modules(**tiny._image_encoder())
+        load(pipe, adapters, subfolder=blanks, weight_name=blanks, image_encoder_folder=None)
+
+    def load_lora_weights(pipe: Any, path: str, **options: Any) -> None:
+        assert path in LORAS, f"no stand-in for {path}"
+        with pytest.MonkeyPatch.context() as real:
+            real.setattr(type(pipe), "load_lora_weights", loras[type(pipe)])
+            life = Life.__new__(Life)
+            life.pipe = pipe
+            lora(life)
+
+    def stays(pipe: Any, *places: Any, **options: Any) -> Any:
+        return to(pipe, *(place for place in places if place != "cuda"), **options)
+
+    def compiled(*arguments: Any, **options: Any) -> Any:
+        return compiler(*arguments, **{"backend": "eager", **options})
+
+    kinds = (diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline)
+    loras = {kind: kind.load_lora_weights for kind in kinds}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diffusers.DiffusionPipeline, "from_pretrained", classmethod(from_pretrained))
+        patch.setattr(diffusers.DiffusionPipeline, "to", stays)
+        patch.setattr(IPAdapterMixin, "load_ip_adapter", load_ip_adapter)
+        for kind in kinds:
+            patch.setattr(kind, "load_lora_weights", load_lora_weights)
+        patch.setattr(diffusers.DDIMScheduler, "set_timesteps", lambda s, n, **o: timesteps(s, min(n, most), **o))
+        patch.setattr(torch, "compile", compiled)
+        # as on a machine without a GPU, where nobody has set TRITON_INTERPRET
+        patch.setattr("ipa_kernels.kernels.launch.INTERPRETED", False)
+        yield
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The commands of a shell block, without comments and settings of the environment."""
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words and re.match(r"\w+=", words[0]):
+            words = words[1:]
+        if words:
+            yield words
+
+
+def same_output(block: Block, printed: str) -> None:
+    """Compare a page's output with the real one: times aside, and what is above or below a line of dots."""
+    expected = re.escape(_without_times(block.text).strip()).replace(re.escape("...\n"), r"(?:.*\n)*?")
+    assert re.fullmatch(expected, _without_times(printed).strip()), f"{block} says\n{block.text}\nprinted was\n{printed}"
+
+
+def _without_times(text: str) -> str:
+    lines = (line.rstrip() for line in text.splitlines())
+    return re.sub(r"\d+(\.\d+)? (ms|s)\b", "# \\2", "\n".join(lines))
+
+
+def run(arguments: list[str]) -> str:
+    """What `ipa-kernels` prints: on stderr only where it fails, as progress bars go there too."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code: object = cli.main(arguments)
+        except SystemExit as stop:
+            code = stop.code
+    return out.getvalue() + (err.getvalue() if code == cli.USER_ERROR else "")
+
+
+def parse(main: Callable[[], object], words: list[str]) -> str:
+    """Let a program read its arguments, and stop it there."""
+    real = argparse.ArgumentParser.parse_args
+
+    def parse_args(parser: argparse.ArgumentParser, *arguments: Any, **options: Any) -> NoReturn:
+        real(parser, *arguments, **options)
+        raise Parsed
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as err:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+        try:
+            main()
+        except Parsed:
+            return ""
+        except SystemExit as stop:
+            if stop.code == 0:  # --help, --version
+                return ""
+            pytest.fail(f"{shlex.join(words)}: {err.getvalue() or stop.code}")
+    pytest.fail(f"{shlex.join(words)}: it reads no arguments")
+
+
+def check_module(name: str, arguments: list[str]) -> str:
+    if name in ("pip", "pytest", "venv"):
+        return check_requirements(arguments) if name == "pip" else ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *arguments])
+        return parse(lambda: runpy.run_module(name, run_name="__main__", alter_sys=True), [name, *arguments])
+
+
+def check_script(words: list[str]) -> str:
+    """A script of the repository, or one that the page wrote."""
+    script = ROOT / words[0]
+    assert script.is_file(), f"{words[0]}: no such file"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(script), *words[1:]])
+        patch.syspath_prepend(str(script.parent))
+        return parse(lambda: runpy.run_path(str(script), run_name="__main__"), words)
+
+
+def check_targets(words: list[str]) -> str:
+    """`make TARGET NAME=value`: the targets and the names are in the Makefile."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for word in words:
+        name, _, value = word.partition("=")
+        known = f"$({name})" in makefile if value else re.search(rf"^{name}:.*## ", makefile, re.MULTILINE)
+        assert known, f"make {word}: not in the Makefile"
+    return ""
+
+
+def check_requirements(words: list[str]) -> str:
+    """`pip install 'ipa-kernels[extra]'`: the extras are in pyproject.toml."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for word in words:
+        for extra in re.findall(r"\[([\w,]+)\]", word):
+            assert set(extra.split(",")) <= set(extras), f"pip {word}: no such extra"
+    return ""
