@@ -81,7 +81,12 @@ def _pieces(function: ast.FunctionDef) -> Iterator[ast.AST]:
         if isinstance(node, ast.FormattedValue) and isinstance(node.value, ast.Name)
     }
     for node in ast.walk(function):
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in filled:
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and node.targets[0].id in filled
+            and _is_text(node.value)
+        ):
             yield node.value
 
 
@@ -101,9 +106,13 @@ def _constants(scope: ast.AST) -> dict[str, str]:
     found: dict[str, list[str]] = {}
     for node in ast.walk(scope):
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            is_text = isinstance(node.value, ast.JoinedStr) or isinstance(getattr(node.value, "value", None), str)
-            found.setdefault(node.targets[0].id, []).append(_template(node.value, {}) if is_text else GAP)
+            text = _template(node.value, {}) if _is_text(node.value) else GAP
+            found.setdefault(node.targets[0].id, []).append(text)
     return {name: texts[0] for name, texts in found.items() if len(texts) == 1 and texts[0] != GAP}
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.JoinedStr) or isinstance(getattr(node, "value", None), str)
 
 
 def _template(node: ast.AST, names: dict[str, str]) -> str:

@@ -1,6 +1,6 @@
 """Somebody who types what the pages say, on a machine without a GPU and without the hub.
 
-What stands in for real weights: the models below, random and narrow, with the blocks and layers of the real ones; adapters in
+What stands in for real weights: the models below, random and narrow, with the blocks of the real ones; adapters in
 the checkpoint format that a load reads; pictures in an empty folder. A generation takes two steps, `.to("cuda")` stays on the
 CPU, and `torch.compile` compiles with the backend "eager". All else is what a user gets.
 """
@@ -33,7 +33,7 @@ from .pages import ROOT, Block
 STEPS = 2
 """Of a generation; a page whose output counts them has as many as a pipeline takes by itself."""
 
-ALL_STEPS = ("README.md",)
+ALL_STEPS = ("README.md", "docs/commands.md")
 
 
 def stable_diffusion() -> Any:
@@ -47,7 +47,7 @@ def stable_diffusion() -> Any:
 
 
 def stable_diffusion_xl() -> Any:
-    """The 70 cross-attentions of SDXL, of width 32 and 64."""
+    """The blocks of SDXL, of width 32 and 64, with one layer in each: 11 cross-attentions, not 70."""
     pipe = tiny.stable_diffusion_xl(encoders=True)
     config = dict(pipe.unet.config) | {
         "block_out_channels": (32, 64, 64),
@@ -55,7 +55,7 @@ def stable_diffusion_xl() -> Any:
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         "attention_head_dim": (2, 4, 4),
-        "transformer_layers_per_block": (1, 2, 10),
+        "transformer_layers_per_block": 1,
     }
     torch.manual_seed(0)
     pipe.unet = UNet2DConditionModel(**{name: value for name, value in config.items() if not name.startswith("_")})
@@ -72,7 +72,10 @@ ADAPTERS: dict[tuple[str, str], Callable[[Any], Any]] = {
     ("sdxl_models", "ip-adapter_sdxl_vit-h.safetensors"): tiny.base_adapter,
     ("sdxl_models", "ip-adapter-plus_sdxl_vit-h.safetensors"): tiny.plus_adapter,
 }
-"""By folder and name in h94/IP-Adapter; and "run", what examples/train_ip_adapter.py wrote."""
+"""By folder and name in this repository:"""
+ADAPTER_REPOSITORY = "h94/IP-Adapter"
+TRAINED = "run"
+"""The folder that examples/train_ip_adapter.py wrote to."""
 LORAS = ("style.safetensors",)
 
 
@@ -149,7 +152,8 @@ def quiet(pipe: Any) -> Any:
 def without_hub_and_gpu(page: str = "") -> Iterator[None]:
     """The stand-ins of this module, in the places of what they stand in for."""
     most = 1000 if page in ALL_STEPS else STEPS
-    load, to, timesteps, compiler = (
+    read, load, to, timesteps, compiler = (
+        diffusers.DiffusionPipeline.from_pretrained,
         IPAdapterMixin.load_ip_adapter,
         diffusers.DiffusionPipeline.to,
         diffusers.DDIMScheduler.set_timesteps,
@@ -157,20 +161,21 @@ def without_hub_and_gpu(page: str = "") -> Iterator[None]:
     )
 
     def from_pretrained(kind: Any, path: Any, **options: Any) -> Any:
+        if str(path) not in MODELS:
+            return read.__func__(kind, path, **options)
         pipe = MODELS[str(path)]()
         return quiet(pipe if isinstance(pipe, kind) else kind.from_pipe(pipe))
 
     def load_ip_adapter(pipe: Any, repository: Any, subfolder: Any, weight_name: Any, **options: Any) -> None:
+        if repository not in (ADAPTER_REPOSITORY, TRAINED):
+            return load(pipe, repository, subfolder, weight_name, **options)
         folders, names = ([x] if isinstance(x, str) else x for x in (subfolder, weight_name))
-        if repository == "run":
-            adapters = [tiny.base_adapter(pipe.unet)]
-        else:
-            assert repository == "h94/IP-Adapter", f"no stand-in for {repository}"
-            folders = folders * len(names) if len(folders) == 1 else folders
-            adapters = [ADAPTERS[key](pipe.unet) for key in zip(folders, names, strict=True)]
-        blanks = [""] * len(adapters)
+        folders = folders * len(names) if len(folders) == 1 else folders
+        known = ADAPTERS if repository == ADAPTER_REPOSITORY else {("", "ip_adapter.safetensors"): tiny.base_adapter}
+        adapters = [known[key](pipe.unet) for key in zip(folders, names, strict=True)]
         if pipe.image_encoder is None:
             pipe.register_modules(**tiny._image_encoder())
+        blanks = [""] * len(adapters)
         load(pipe, adapters, subfolder=blanks, weight_name=blanks, image_encoder_folder=None)
 
     def load_lora_weights(pipe: Any, path: str, **options: Any) -> None:
@@ -242,7 +247,11 @@ def parse(main: Callable[[], object], words: list[str]) -> str:
         real(parser, *arguments, **options)
         raise Parsed
 
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as err:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
         try:
             main()
