@@ -17,7 +17,8 @@ import ipa_kernels
 
 from .documentation.messages import GAP, messages
 from .documentation.pages import KINDS, ROOT, Block, anchors, blocks, explained, headings, links, pages, sections
-from .documentation.user import User, commands, same_output, without_hub_and_gpu
+from .documentation.shell import commands
+from .documentation.user import User, same_output, without_hub_and_gpu
 
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting"
 API = ROOT / "docs" / "api.md"

@@ -5,17 +5,11 @@ the checkpoint format that a load reads; pictures in an empty folder. A generati
 CPU, and `torch.compile` compiles with the backend "eager". All else is what a user gets.
 """
 
-import argparse
 import contextlib
 import io
 import re
-import runpy
-import shlex
-import sys
-import tomllib
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import diffusers
 import pytest
@@ -24,11 +18,12 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders import IPAdapterMixin
 from PIL import Image
 
-from ipa_kernels import cli, tiny
+from ipa_kernels import tiny
 from ipa_kernels.commands.pictures import draw_reference
 
 from ..zoo.life import Life, lora
-from .pages import ROOT, Block
+from .pages import Block
+from .shell import command, commands
 
 STEPS = 2
 """Of a generation; a page whose output counts them has as many as a pipeline takes by itself."""
@@ -79,10 +74,6 @@ TRAINED = "run"
 LORAS = ("style.safetensors",)
 
 
-class Parsed(Exception):
-    """A command's parser has taken its arguments."""
-
-
 class User:
     """Runs blocks in one folder and one namespace, which is what a page has.
 
@@ -111,36 +102,13 @@ class User:
         elif block.kind == "run" and block.language == "python":
             self.printed = self._python(block)
         elif block.language == "sh":
-            printed = [self._command(block, words) for words in commands(block.text)]
-            self.printed = "".join(printed)
+            self.printed = "".join(command(block, words) for words in commands(block.text))
 
     def _python(self, block: Block) -> str:
         code = compile("\n" * block.line + block.text, str(block.page), "exec")
         with contextlib.redirect_stdout(io.StringIO()) as out:
             exec(code, self.names)
         return out.getvalue()
-
-    def _command(self, block: Block, words: list[str]) -> str:
-        """Check one line of a shell; run it, and return what it prints, where the page says what that is."""
-        name, *arguments = words
-        name = Path(name).name
-        if name in ("ipa-kernels", "ipa_kernels"):
-            return run(arguments) if block.kind == "run" else parse(lambda: cli.main(arguments), words)
-        if block.kind == "run":
-            pytest.fail(f"{block}: the tests run ipa-kernels, and compare what it prints; not {name}")
-        if name.startswith("python") and arguments[:1] == ["-m"]:
-            return check_module(arguments[1], arguments[2:])
-        if name.startswith("python"):
-            return check_script(arguments)
-        if name == "accelerate":
-            return check_script(arguments[next(i for i, word in enumerate(arguments) if word.endswith(".py")) :])
-        if name == "make":
-            return check_targets(arguments)
-        if name == "pip":
-            return check_requirements(arguments)
-        if name in ("git", "cd"):
-            return ""
-        pytest.fail(f"{block}: no test knows the command {name}")
 
 
 def quiet(pipe: Any) -> Any:
@@ -207,16 +175,6 @@ def without_hub_and_gpu(page: str = "") -> Iterator[None]:
         yield
 
 
-def commands(text: str) -> Iterator[list[str]]:
-    """The commands of a shell block, without comments and settings of the environment."""
-    for line in text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        while words and re.match(r"\w+=", words[0]):
-            words = words[1:]
-        if words:
-            yield words
-
-
 def same_output(block: Block, printed: str) -> None:
     """Compare a page's output with the real one: times aside, and what is above or below a line of dots."""
     expected = re.escape(_without_times(block.text).strip()).replace(re.escape("...\n"), r"(?:.*\n)*?")
@@ -226,76 +184,3 @@ def same_output(block: Block, printed: str) -> None:
 def _without_times(text: str) -> str:
     lines = (line.rstrip() for line in text.splitlines())
     return re.sub(r"\d+(\.\d+)? (ms|s)\b", "# \\2", "\n".join(lines))
-
-
-def run(arguments: list[str]) -> str:
-    """What `ipa-kernels` prints: on stderr only where it fails, as progress bars go there too."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code: object = cli.main(arguments)
-        except SystemExit as stop:
-            code = stop.code
-    return out.getvalue() + (err.getvalue() if code == cli.USER_ERROR else "")
-
-
-def parse(main: Callable[[], object], words: list[str]) -> str:
-    """Let a program read its arguments, and stop it there."""
-    real = argparse.ArgumentParser.parse_args
-
-    def parse_args(parser: argparse.ArgumentParser, *arguments: Any, **options: Any) -> NoReturn:
-        real(parser, *arguments, **options)
-        raise Parsed
-
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stderr(io.StringIO()) as err,
-        contextlib.redirect_stdout(io.StringIO()),
-    ):
-        patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-        try:
-            main()
-        except Parsed:
-            return ""
-        except SystemExit as stop:
-            if stop.code == 0:  # --help, --version
-                return ""
-            pytest.fail(f"{shlex.join(words)}: {err.getvalue() or stop.code}")
-    pytest.fail(f"{shlex.join(words)}: it reads no arguments")
-
-
-def check_module(name: str, arguments: list[str]) -> str:
-    if name in ("pip", "pytest", "venv"):
-        return check_requirements(arguments) if name == "pip" else ""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [name, *arguments])
-        return parse(lambda: runpy.run_module(name, run_name="__main__", alter_sys=True), [name, *arguments])
-
-
-def check_script(words: list[str]) -> str:
-    """A script of the repository, or one that the page wrote."""
-    script = ROOT / words[0]
-    assert script.is_file(), f"{words[0]}: no such file"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(script), *words[1:]])
-        patch.syspath_prepend(str(script.parent))
-        return parse(lambda: runpy.run_path(str(script), run_name="__main__"), words)
-
-
-def check_targets(words: list[str]) -> str:
-    """`make TARGET NAME=value`: the targets and the names are in the Makefile."""
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for word in words:
-        name, _, value = word.partition("=")
-        known = f"$({name})" in makefile if value else re.search(rf"^{name}:.*## ", makefile, re.MULTILINE)
-        assert known, f"make {word}: not in the Makefile"
-    return ""
-
-
-def check_requirements(words: list[str]) -> str:
-    """`pip install 'ipa-kernels[extra]'`: the extras are in pyproject.toml."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    for word in words:
-        for extra in re.findall(r"\[([\w,]+)\]", word):
-            assert set(extra.split(",")) <= set(extras), f"pip {word}: no such extra"
-    return ""
