@@ -118,7 +118,9 @@ class Graphs:
         leaves, structure = pytree.tree_flatten((plain_arguments, plain_options))
         key = _key(state, structure, leaves, options)
         if key is None:
-            self.reason = "an argument of the UNet is neither a plain value nor a tensor on its device"
+            self.reason = (
+                "an argument of the UNet is neither a plain value nor a tensor on its device: such steps are not captured"
+            )
             return run(*arguments, **options)
         entry = self._captured.get(key)
         if entry is not None and not entry.addresses_are_still(state):
@@ -151,7 +153,7 @@ class Graphs:
     ) -> Any:
         if key not in self._captured:
             if len(self._captured) >= GRAPHS:
-                self.reason = f"more than {GRAPHS} shapes: clear_cache makes room"
+                self.reason = f"more than {GRAPHS} shapes: clear_cache(pipe) makes room"
                 return run(*arguments, **options)
             # kernels are compiled and workspaces allocated before anything is captured
             self._captured[key] = None
@@ -163,7 +165,7 @@ class Graphs:
                 return run(*arguments, **options)
         place = hooked(unet)
         if place is not None:
-            self.reason = f"hooks on {place}: a replay would not run them"
+            self.reason = f"hooks on {place}: a replay would not run them; removing them lifts this"
             return run(*arguments, **options)
         with torch.inference_mode(False):
             # those that are made in inference mode could not be written to outside

@@ -47,7 +47,7 @@ def enable(target: Any, *, impl: str = "auto", cache: bool = True) -> Report:
     unet = unet_of(target)
     if os.environ.get(OFF) == "1":
         report = explain(target)
-        report.note = f"{OFF}=1: enable did nothing"
+        report.note = f"{OFF}=1 in the environment: enable did nothing; unsetting it lifts this"
         return report
     watch = watch_module()
     with watch.SWITCH:
@@ -168,7 +168,7 @@ def _report(unet: Any, target: str) -> Report:
         planned, reasons = families.layer_plan(attention, processor, impl, device, dtype)
         layer = vars(processor).get("_ipa_layer")
         if state is None:
-            layers.append(LayerReport(name, "stock", None, "not enabled", 0))
+            layers.append(LayerReport(name, "stock", None, "not enabled: ipa_kernels.enable lifts this", 0))
         elif type(processor) in families.FUSED:
             waiting = "loaded since: taken over by the next step that is not compiled, until then stock"
             layers.append(LayerReport(name, planned, None, "; ".join([waiting, *reasons]), 0))
@@ -205,7 +205,9 @@ def _families() -> ModuleType:
     try:
         from .processors import unet
     except ImportError as error:
-        raise ImportError(f"ipa_kernels.enable needs diffusers: pip install 'ipa-kernels[diffusers]' ({error})") from error
+        raise ImportError(
+            f"diffusers: cannot be imported; pip install 'ipa-kernels[diffusers]' lifts this ({error})"
+        ) from error
     return unet
 
 

@@ -75,7 +75,9 @@ class Layer:
         self.calls += 1
         if self.session.impl == "auto":
             for reason in reasons:
-                self.session.warn_once(reason, "eager attention runs" if impl == "eager" else "diffusers' own code runs")
+                self.session.warn_once(
+                    reason, "eager attention, whose result is stock's, runs" if impl == "eager" else "diffusers' own code runs"
+                )
 
 
 def is_recorded(session: Session) -> bool:

@@ -44,7 +44,9 @@ def first(call: Callable[[], object]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return arguments, options
     finally:
         _THREAD.stops = False
-    raise RuntimeError("the pipeline returned without a step of an enabled UNet")
+    raise RuntimeError(
+        "pipe: expected a pipeline that runs its UNet with these arguments, got one that returned without a step"
+    )
 
 
 def stop_if_asked(arguments: tuple[Any, ...], options: dict[str, Any]) -> None:

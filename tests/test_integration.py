@@ -319,7 +319,9 @@ def test_the_report_is_readable_and_ready_for_json() -> None:
 def test_each_reason_warns_once() -> None:
     pipe = build("sd", ("base",))
     ipa_kernels.enable(pipe)
-    with pytest.warns(FallbackWarning, match="eager attention runs instead of the kernel") as caught:
+    with pytest.warns(
+        FallbackWarning, match="eager attention, whose result is stock.s, runs instead of the kernel: "
+    ) as caught:
         generate(pipe, ("base",))
     assert len(caught) == 1
     with warnings.catch_warnings():

@@ -30,7 +30,7 @@ def _settled_when_traced(function: F) -> F:
 _BITS = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32}
 
 
-_BIAS = "attn_mask: the kernel takes no bias on the text branch"
+_BIAS = "attn_mask: the kernel takes no bias on the text branch; leaving it out lifts this"
 
 
 @functools.cache
@@ -91,13 +91,14 @@ def layer_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> li
         reasons.append("triton: cannot be imported; install ipa-kernels[triton] (ipa-kernels doctor says why)")
     interpreted = kernel is not None and kernel.INTERPRETED
     if device.type not in ("cpu", "cuda"):
-        reasons.append(f"device {device}: the kernel runs on CUDA and ROCm GPUs")
+        reasons.append(f"device {device}: the kernel runs on CUDA and ROCm GPUs; moving model and inputs to one lifts this")
     elif device.type == "cpu" and not interpreted:
-        reasons.append("device cpu: the kernel needs a GPU (or TRITON_INTERPRET=1, set before the import, to debug it)")
+        debug = "TRITON_INTERPRET=1, set before the import, debugs it on the CPU"
+        reasons.append(f"device cpu: the kernel needs a GPU; moving model and inputs to one lifts this ({debug})")
     if interpreted and dtype == torch.bfloat16:
         reasons.append("dtype torch.bfloat16: Triton's interpreter multiplies its bit patterns; use float32 or float16 there")
     if dtype not in _BITS:
-        reasons.append(f"dtype {dtype}: the kernel computes in float16, bfloat16 and float32")
+        reasons.append(f"dtype {dtype}: the kernel computes in float16, bfloat16 and float32; one of these lifts this")
     if head_dim % 8 or head_dim > launch_table.LARGEST_HEAD_DIM:
         reasons.append(f"head dim {head_dim}: the kernel needs a multiple of 8 up to {launch_table.LARGEST_HEAD_DIM}")
     elif device.type == "cuda" and not interpreted and dtype in _BITS:
@@ -155,7 +156,7 @@ def call_reasons(problem: Problem) -> list[str]:
     if not 1e-30 < problem.softmax_scale < 1e30:
         reasons.append(f"scale {problem.softmax_scale}: the kernel needs a positive softmax scale within float32")
     if query.shape[0] > 65535:
-        reasons.append(f"batch {query.shape[0]}: a GPU grid ends at 65535")
+        reasons.append(f"batch {query.shape[0]}: a GPU grid ends at 65535; smaller batches lift this")
     if needs_gradient(problem):
         reasons += gradient_reasons(query.device, query.dtype, query.shape[3], image_keys)
     if torch.autograd.forward_ad._current_level >= 0:
@@ -164,7 +165,9 @@ def call_reasons(problem: Problem) -> list[str]:
         reasons.append("torch.func: the kernel has no rules for its transforms; calling it outside of them lifts this")
     for name, tensor in _named(problem):
         if tensor.shape[3] > 1 and tensor.stride(3) != 1:
-            reasons.append(f"{name} strides {tuple(tensor.stride())}: the kernel needs a last stride of 1")
+            reasons.append(
+                f"{name} strides {tuple(tensor.stride())}: the kernel needs a last stride of 1; contiguous() lifts this"
+            )
     weights = [("image_scales", problem.scales)] if isinstance(problem.scales, Tensor) else []
     weights += [(f"image_masks[{i}]", mask) for i, mask in enumerate(problem.masks) if mask is not None]
     for name, tensor in (*_named(problem), *weights):

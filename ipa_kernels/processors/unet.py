@@ -169,7 +169,7 @@ def _record(
             raise
         except (TypeError, ValueError):
             # what they say is no constant, which a graph's reason must be
-            reasons = ["unusual input, which a step that is not compiled names"]
+            reasons = ["unusual input: a step that is not compiled names it"]
     if chosen == "eager" and not kind.eager_is_exact:
         chosen = "stock"
     if chosen == "stock" and impl == "triton":
