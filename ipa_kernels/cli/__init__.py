@@ -5,10 +5,10 @@ import sys
 
 from .. import __version__
 from ..commands.errors import UserError
-from . import demo
+from . import demo, verify
 from .arguments import USER_ERROR, Parser
 
-_COMMANDS = (demo,)
+_COMMANDS = (demo, verify)
 
 
 def main(argv: list[str] | None = None) -> int:

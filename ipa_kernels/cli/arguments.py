@@ -40,12 +40,15 @@ def add_weights(command: Any) -> None:
     )
 
 
-def add_machine(command: Any) -> None:
-    """--device and --dtype; `commands.loading` checks them."""
+def add_machine(command: Any, *, several: bool = False) -> None:
+    """--device and --dtype, of which there may be several; `commands.machine` checks them."""
     machine = command.add_argument_group("the machine")
     machine.add_argument("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
     machine.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32 on the cpu, else float16"
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        nargs="+" if several else None,
+        help=f"default: float32 on the cpu, else float16{' (of named cases, all that the kernel runs in)' * several}",
     )
 
 
@@ -53,4 +56,11 @@ def steps(text: str) -> int:
     """At least two: the time of a step is measured from the end of the one before."""
     if not text.isdecimal() or int(text) < 2:
         raise argparse.ArgumentTypeError(f"needs a whole number from 2 up, got {text!r}")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """What torch's generators take on every device, and the next two numbers as well."""
+    if not text.isdecimal() or int(text) >= 2**62:
+        raise argparse.ArgumentTypeError(f"needs a whole number from 0 to 2**62 - 1, got {text!r}")
     return int(text)

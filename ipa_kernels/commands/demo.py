@@ -1,9 +1,7 @@
 """`ipa-kernels demo`: one picture stock and one accelerated, from the same seed, and what differs: pixels and time."""
 
-import logging
 import statistics
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,16 +9,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from PIL import Image, ImageChops
 
 from .. import tiny
 from ..integration import accelerated
 from .errors import UserError, why
-from .loading import available_device, check_paths, load_pipeline, read_picture, writable
+from .loading import check_paths, load_pipeline, read_picture, writable
+from .machine import available_device
 from .pictures import compose, draw_reference
+from .quiet import quiet
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def run(options: Options) -> int:
     device = available_device(options.device)
     dtype = getattr(torch, options.dtype or ("float32" if device.type == "cpu" else "float16"))
     reference = draw_reference() if options.image is None else read_picture(options.image)
-    with _quiet(), _threads(1 if options.model is None else torch.get_num_threads()):
+    with quiet(), _threads(1 if options.model is None else torch.get_num_threads()):
         pipe = _build(dtype) if options.model is None else _load(options, dtype)
         pipe.to(device)
         pipe.set_ip_adapter_scale(options.scale)
@@ -125,25 +123,6 @@ def _build(dtype: torch.dtype) -> Any:
 def _load(options: Options, dtype: torch.dtype) -> Any:
     """The pipeline of --model with the weights of --ip-adapter."""
     return load_pipeline(str(options.model), str(options.ip_adapter), options.ip_adapter_weight, options.image_encoder, dtype)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The libraries' own log lines, warnings and loading bars stay away: what matters is in the report or in an error line."""
-    bars = [library.utils.logging for library in (diffusers, transformers)]
-    shown = [bar for bar in bars if bar.is_progress_bar_enabled()]
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    for bar in shown:
-        bar.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for bar in shown:
-            bar.enable_progress_bar()
-        logging.disable(level)
 
 
 @contextmanager

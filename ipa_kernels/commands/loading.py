@@ -1,4 +1,4 @@
-"""What the user names on a command line: pipelines, adapters, pictures, devices. A mistake is a `UserError` of one line."""
+"""What the user names on a command line: pipelines, adapters, pictures. A mistake is a `UserError` of one line."""
 
 import inspect
 import re
@@ -55,16 +55,6 @@ def writable(path: str) -> Path:
     if output.suffix.lower() != ".png" or not output.parent.is_dir():
         raise UserError(f"--output {path}: needs the name of a .png file in a folder that exists")
     return output
-
-
-def available_device(device: str | None) -> torch.device:
-    """The device, after one number has been there and back."""
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=name).item()
-        return torch.device(name)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"--device {name}: not available here: {why(error)}") from error
 
 
 def read_picture(path: str) -> Image.Image:
