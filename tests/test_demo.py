@@ -221,7 +221,8 @@ def test_no_gpu(fail: Fail) -> None:
 
 def test_without_diffusers(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    monkeypatch.delitem(sys.modules, "ipa_kernels.commands.demo", raising=False)
+    for name in ("demo", "quiet"):
+        monkeypatch.delitem(sys.modules, f"ipa_kernels.commands.{name}", raising=False)
     assert "pip install 'ipa-kernels[diffusers]'" in fail()
 
 

@@ -1,9 +1,11 @@
 """`ipa-kernels verify`, through the command line: what it says of correct and of broken code, and one line for each mistake."""
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ from safetensors.torch import save_file
 from ipa_kernels import cli, tiny
 from ipa_kernels.cases import CASES
 from ipa_kernels.commands import layers, named_cases, verify
-from ipa_kernels.commands.findings import Finding
+from ipa_kernels.commands.findings import Finding, ratios
 from ipa_kernels.ops import eager
 from ipa_kernels.processors import branches, unet
+from ipa_kernels.reference import Comparison
 
 from .test_imports import run as run_alone
 from .zoo.generate import generate
@@ -64,7 +67,7 @@ def fail(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
             code = stop.code
         captured = capsys.readouterr()
         assert code == 2
-        assert "verdict" not in captured.out
+        assert captured.out == ""
         assert len(captured.err.splitlines()) == 1
         assert captured.err.startswith("ipa-kernels")
         return captured.err
@@ -160,7 +163,7 @@ def test_a_wrong_kernel_is_found(verified: Any, device: torch.device, monkeypatc
 
 
 def test_a_kernel_that_writes_nothing_is_found(verified: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever was in the memory; the case runs twice, so that it may be its own right result."""
+    """Its result is what the memory held before: stock's, had that run first."""
     blocks: list[torch.Tensor] = []
 
     def prepare(problem: Any) -> Any:
@@ -332,6 +335,16 @@ def test_a_layer_of_scale_zero_is_judged_as_text_alone(device: torch.device, mon
         assert finding.draws[0].allowed_rms == pytest.approx(1.05 * finding.draws[0].stock_rms)
 
 
+def test_nan_is_against_and_is_valid_json() -> None:
+    good = Comparison(rms=0.5, max=0.6, stock_rms=1.0, stock_max=1.0, allowed_rms=1.0, allowed_max=1.5)
+    finding = Finding((good, replace(good, rms=math.nan, max=math.inf), good))
+    assert finding.verdict == "OUTSIDE"
+    assert ratios(finding.draws) == ["nan of 1.00", "inf of 1.50"]
+    assert json.loads(json.dumps(finding.to_dict(), allow_nan=False))["draws"][1]["rms"] == "nan"
+    assert ratios([good, replace(good, rms=0.7, max=1200.0)]) == ["0.700 of 1.00", "1e+03 of 1.50"]
+    assert ratios([replace(good, stock_rms=0.0, allowed_rms=0.0)])[0] == "0.5 of 0"
+
+
 @pytest.mark.slow
 def test_the_kernel_in_the_pipeline_built_in_code(verified: Any, device: torch.device) -> None:
     code, printed = verified("--pipeline", "--device", device, "--dtype", "float16")
@@ -358,7 +371,7 @@ def test_broken_pipelines(fail: Any, weights: Path) -> None:
     assert "--pipeline PATH and --ip-adapter go together" in fail("--pipeline", weights / "model")
     assert "--pipeline PATH and --ip-adapter go together" in fail("--ip-adapter", weights / "adapter.safetensors")
     adapter = ("--ip-adapter", weights / "adapter.safetensors", "--device", "cpu", "--impl", "eager")
-    assert "../nowhere: no such file or folder" in fail("--pipeline", "../nowhere", *adapter)
+    assert "--pipeline ../nowhere: no such file or folder" in fail("--pipeline", "../nowhere", *adapter)
     assert "--image missing.png" in fail("--pipeline", "--image", "missing.png", "--device", "cpu", "--impl", "eager")
 
 

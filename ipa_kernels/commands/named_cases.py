@@ -1,6 +1,7 @@
 """The named cases (`cases.CASES`): random inputs through each implementation, against stock and float64. torch only."""
 
 import difflib
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,7 +70,7 @@ def _draw(case: Case, dtype: torch.dtype, device: torch.device, impl: str, seed:
 
 
 def _arguments(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Any, ...]:
-    """In the order of `check_arguments`; the scales are numbers, as diffusers has them."""
-    inputs = case.inputs(dtype, device, seed)
+    """In the order of `check_arguments`, other ones for every name; the scales are numbers, as diffusers has them."""
+    inputs = case.inputs(dtype, device, seed + zlib.crc32(case.name.encode()))
     tensors = inputs.query, inputs.key, inputs.value, inputs.image_keys, inputs.image_values
     return *tensors, inputs.image_scales[0].tolist(), inputs.image_masks

@@ -1,4 +1,4 @@
-"""The pipeline of `ipa-kernels verify --pipeline`: loaded or built, and run once while its layers are compared."""
+"""The pipeline of `ipa-kernels verify --pipeline`: loaded or built, and run while its layers are compared."""
 
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,11 @@ from .pictures import draw_reference
 from .quiet import quiet
 
 
-def check(options: Any, dtype: torch.dtype, device: torch.device, impl: str, seed: int) -> list[Checked]:
-    """Every layer that has an IP-Adapter; prints the report of the run. options: `verify.Options`.
+def check(options: Any, dtype: torch.dtype, device: torch.device, impl: str, seed: int) -> tuple[list[Checked], str]:
+    """Every layer that has an IP-Adapter, and the report of the run. options: `verify.Options`.
 
     Raises UserError where a file is missing or does not fit, or where diffusers cannot run the pipeline.
     """
-    if isinstance(options.model, str):
-        check_paths(Path(options.model), Path(options.ip_adapter))
     picture = draw_reference() if options.image is None else read_picture(options.image)
     with quiet():
         pipe = _pipeline(options, dtype)
@@ -48,13 +46,16 @@ def check(options: Any, dtype: torch.dtype, device: torch.device, impl: str, see
             raise UserError(f"--impl {impl}: {why(error)}") from error
         except Exception as error:  # a model that loads may still lack anything, and says so in its own way
             raise UserError(f"diffusers cannot run this model, adapter and picture: {why(error)}") from error
-    print(f"in {dtype_name(dtype)}: {report}")
-    return checked
+    return checked, f"{dtype_name(dtype)}: {report}"
 
 
 def _pipeline(options: Any, dtype: torch.dtype) -> Any:
     if isinstance(options.model, str):
-        return load_pipeline(options.model, options.ip_adapter, options.ip_adapter_weight, options.image_encoder, dtype)
+        try:
+            check_paths(Path(options.model), Path(options.ip_adapter))
+            return load_pipeline(options.model, options.ip_adapter, options.ip_adapter_weight, options.image_encoder, dtype)
+        except UserError as error:
+            raise UserError(str(error).replace("--model", "--pipeline", 1)) from error
     pipe = tiny.stable_diffusion(encoders=True)
     tiny.load(pipe, tiny.base_adapter(pipe.unet))
     return pipe.to(dtype=dtype)

@@ -63,14 +63,17 @@ def run(options: Options) -> int:
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
     facts = machine_facts(device)
     versions = ", ".join(f"{part} {facts[part]}" for part in ("torch", "triton", "diffusers") if facts[part])
-    print(f"on {device} ({facts.get('gpu', facts['processor'])}), {versions}, --seed {seed}", flush=True)
+    machine = f"on {device} ({facts.get('gpu', facts['processor'])}), {versions}, --seed {seed}"
     if options.model is None:
+        print(machine, flush=True)
         if options.quick or (interpreted and options.impl != "eager"):
             print(f"every case shrunk to two heads and at most 99 queries{'' if options.quick else _SLOW}")
             cases = [replace(case.small(), name=case.name) for case in cases]
         checked, what = _named(cases, dtypes, device, options.impl, seed), "cases"
     else:
-        checked, what = _pipeline(options, dtypes, device, seed), "layers"
+        checked, reports = _pipeline(options, dtypes, device, seed)
+        what = "layers"
+        print(machine, *reports, sep="\n")
     print("rms, max: the error against float64, of the error that is allowed, both in units of stock's in the same dtype\n")
     print(table(_case_rows(checked) if options.model is None else _layer_rows(checked)), end="\n\n")
     for line in summary(checked, what, interpreted=interpreted):
@@ -99,13 +102,16 @@ def _named(
     return checked
 
 
-def _pipeline(options: Options, dtypes: Sequence[torch.dtype], device: torch.device, seed: int) -> list[Checked]:
+def _pipeline(
+    options: Options, dtypes: Sequence[torch.dtype], device: torch.device, seed: int
+) -> tuple[list[Checked], list[str]]:
     try:
         from .pipeline_layers import check
     except ImportError as error:
         raise UserError(f"--pipeline: {error}; what it needs: pip install 'ipa-kernels[diffusers]'") from error
     impl = options.impl or ("triton" if _is_interpreted() else "auto")
-    return [layer for dtype in dtypes for layer in check(options, dtype, device, impl, seed)]
+    runs = [check(options, dtype, device, impl, seed) for dtype in dtypes]
+    return [layer for checked, _ in runs for layer in checked], [report for _, report in runs]
 
 
 def _case_rows(checked: Sequence[Checked]) -> list[list[str]]:
