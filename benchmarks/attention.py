@@ -80,23 +80,17 @@ def candidates(sets: list[Inputs], impl: str, peers: list[str]) -> tuple[Calls, 
     return found, refused
 
 
-def gate(case: Case, inputs: Inputs, calls: Calls) -> dict[str, Comparison]:
+def gate(inputs: Inputs, calls: Calls) -> dict[str, Comparison]:
     """The distance of each result from float64, beside that of stock."""
     batch, heads, queries, head_dim = inputs.query.shape
-    positional, keywords = inputs.to(torch.float64).arguments()
-    truth = reference.decoupled_attention(*positional, **keywords)  # type: ignore[arg-type]
-    score = reference.largest_score(inputs.query, (inputs.key, *inputs.image_keys))
 
     def out(name: str) -> Tensor:
         result = calls[name][0]()
         return result if name == OURS else result.view(batch, queries, heads, head_dim).transpose(1, 2)
 
-    expected = out(STOCK)
-    return {
-        name: reference.compare(out(name), expected, truth, score=score, text_only=not case.images)
-        for name in calls
-        if name != STOCK
-    }
+    positional, keywords = inputs.arguments()
+    results = {name: out(name) for name in calls if name != STOCK}
+    return reference.compare_call(results, out(STOCK), *positional, **keywords)  # type: ignore[arg-type]
 
 
 def measure(
@@ -105,7 +99,7 @@ def measure(
     """One row: the gate, then the times if it is green. Seconds, bytes, operations, and shares of `limits`."""
     sets = input_sets(case, dtype, device)
     calls, refused = candidates(sets, impl, peers)
-    comparisons = gate(case, sets[0], calls)
+    comparisons = gate(sets[0], calls)
     ours = comparisons[OURS]
     row: dict[str, Any] = {
         "case": asdict(case),

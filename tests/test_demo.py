@@ -179,7 +179,7 @@ def test_no_gpu(fail: Fail) -> None:
 
 def test_without_diffusers(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    for name in ("demo", "generation"):
+    for name in ("demo", "generation", "quiet"):
         monkeypatch.delitem(sys.modules, f"ipa_kernels.commands.{name}", raising=False)
     assert "pip install 'ipa-kernels[diffusers]'" in fail()
 

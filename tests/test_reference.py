@@ -1,8 +1,12 @@
 """The oracle against torch's own attention, and the ruler against errors of a known size."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
+from torch import Tensor
 
 from ipa_kernels import reference
 from ipa_kernels.cases import CASES
@@ -112,3 +116,66 @@ def test_the_ruler_wants_comparable_things() -> None:
         reference.compare(values, values.half(), values.double())
     with pytest.raises(ValueError, match="expected the same shape"):
         reference.compare(values, values[:2], values.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_stocks_attention_is_that_of_diffusers_processor(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    scales = [0.7, 0.0, -1.3]
+    attention = Attention(32, cross_attention_dim=24, heads=4, dim_head=8)
+    attention.set_processor(IPAdapterAttnProcessor2_0(32, 24, [4, 4, 4], scales))
+    attention.to(dtype)
+    processor = attention.processor
+    hidden, text = torch.randn(2, 64, 32, dtype=dtype), torch.randn(2, 7, 24, dtype=dtype)
+    images = [torch.randn(2, 1, 4, 24, dtype=dtype) for _ in scales]
+    # as large as the picture, so that it is not resized
+    masks = [torch.rand(1, 1, 8, 8).to(dtype), None, torch.rand(1, 1, 8, 8).to(dtype)]
+
+    def heads(tokens: Tensor) -> Tensor:
+        return tokens.flatten(1, -2).unflatten(-1, (4, 8)).transpose(1, 2)
+
+    with torch.no_grad():
+        expected = attention(hidden, (text, images), ip_adapter_masks=masks)
+        out = reference.stock_attention(
+            *map(heads, (attention.to_q(hidden), attention.to_k(text), attention.to_v(text))),
+            [heads(to_k(image)) for to_k, image in zip(processor.to_k_ip, images, strict=True)],
+            [heads(to_v(image)) for to_v, image in zip(processor.to_v_ip, images, strict=True)],
+            image_scales=scales,
+            image_masks=[None if mask is None else mask.reshape(1, 64) for mask in masks],
+        )
+        assert torch.equal(attention.to_out[0](out.transpose(1, 2).flatten(2)), expected)
+
+
+@pytest.mark.parametrize("name", ["sdxl_1024_64x64_text_only", "sd15_512_head40_two_masked"])
+def test_results_of_one_call_are_compared_with_its_truth(name: str) -> None:
+    inputs = CASES[name].small().inputs(torch.float32)
+    positional, keywords = inputs.arguments()
+    exact, exact_keywords = inputs.to(torch.float64).arguments()
+    truth = reference.decoupled_attention(*exact, **exact_keywords, scale=0.3)
+    stock = truth.float()
+    found = reference.compare_call({"a": stock, "b": stock * 1.01}, stock, *positional, **keywords, scale=0.3)
+    score = reference.largest_score(inputs.query, (inputs.key, *inputs.image_keys), 0.3)
+    text_only = not inputs.image_keys
+    assert found == {
+        "a": reference.compare(stock, stock, truth, score=score, text_only=text_only),
+        "b": reference.compare(stock * 1.01, stock, truth, score=score, text_only=text_only),
+    }
+    assert found["a"].within
+    assert not found["b"].within
+    halves = inputs.to(torch.float16)
+    positional, keywords = halves.arguments()
+    stock = reference.decoupled_attention(*positional, **keywords)
+    compared = reference.compare_call({"a": stock}, stock, *positional, **keywords)["a"]
+    assert compared.allowed_rms == pytest.approx((1.05 if text_only else 1.0) * compared.stock_rms)
+
+
+def test_one_largest_error_of_three_draws_may_be_chance() -> None:
+    good = reference.Comparison(rms=1.0, max=2.0, stock_rms=1.0, stock_max=2.0, allowed_rms=1.2, allowed_max=4.0)
+    large, steady = replace(good, max=4.1), replace(good, rms=1.21)
+    assert reference.kept([good])
+    assert reference.kept([large, good, good])
+    assert not reference.kept([large])
+    assert not reference.kept([large, good])
+    assert not reference.kept([large, good, large])
+    assert not reference.kept([good, good, steady])
+    assert not reference.kept([])

@@ -7,10 +7,10 @@ from types import ModuleType
 
 from .. import __version__
 from ..commands.errors import UserError
-from . import demo, doctor, generate
+from . import demo, doctor, generate, verify
 from .arguments import USER_ERROR, Parser
 
-_COMMANDS = (demo, doctor, generate)
+_COMMANDS = (demo, generate, doctor, verify)
 
 
 def main(argv: list[str] | None = None) -> int:

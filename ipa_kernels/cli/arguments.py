@@ -47,12 +47,15 @@ def add_model(command: Any) -> Any:
     return weights
 
 
-def add_machine(command: Any) -> Any:
-    """--device and --dtype; `commands.loading` checks them. Returns their group."""
+def add_machine(command: Any, *, several: bool = False) -> Any:
+    """--device and --dtype, of which there may be several; `commands.machine` checks them. Returns their group."""
     machine = command.add_argument_group("the machine")
     machine.add_argument("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
     machine.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="default: float32 on the cpu, else float16"
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        nargs="+" if several else None,
+        help=f"default: float32 on the cpu, else float16{' (of named cases, all that the kernel runs in)' * several}",
     )
     return machine
 
@@ -73,9 +76,9 @@ steps = whole_number(2)
 
 
 def seed(text: str) -> int:
-    """What torch's generators take on every device."""
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"needs a whole number from 0 to 2**63 - 1, got {text!r}")
+    """What torch's generators take on every device, and the next few numbers as well."""
+    if not text.isdecimal() or int(text) >= 2**62:
+        raise argparse.ArgumentTypeError(f"needs a whole number from 0 to 2**62 - 1, got {text!r}")
     return int(text)
 
 

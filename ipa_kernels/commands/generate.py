@@ -8,21 +8,21 @@ from typing import Any
 import torch
 
 from .errors import UserError
-from .generation import Request, Result, accelerate, compare, enough_memory, print_outcome, quiet, threads
+from .generation import Request, Result, accelerate, compare, enough_memory, print_outcome, threads
 from .loading import (
     TINY_ADAPTERS,
     Weights,
-    available_device,
     build_pipeline,
     check_paths,
-    chosen_dtype,
     load_pipeline,
     place,
     read_picture,
     writable,
 )
+from .machine import available_device, chosen_dtype
 from .pairing import Adapter, check
 from .pictures import save
+from .quiet import quiet
 from .record import Inputs, settings, sheet
 from .regions import check_layout, mask_tensor, read_mask
 

@@ -1,19 +1,15 @@
 """One picture from a pipeline, accelerated or stock, with the time of a step: what `demo` and `generate` share."""
 
-import logging
 import math
 import statistics
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
-import transformers
 from PIL import Image
 
 from ..integration import accelerated
@@ -88,25 +84,6 @@ def enough_memory(device: torch.device, advice: Sequence[str]) -> Iterator[None]
             raise
         helps = f"what would help: {', '.join(advice)}" if advice else "this needs another device"
         raise UserError(f"--device {device}: not enough memory; {helps} ({why(error)})") from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """The libraries' own log lines, warnings and loading bars stay away: what matters is in the report or in an error line."""
-    bars = [library.utils.logging for library in (diffusers, transformers)]
-    shown = [bar for bar in bars if bar.is_progress_bar_enabled()]
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    for bar in shown:
-        bar.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for bar in shown:
-            bar.enable_progress_bar()
-        logging.disable(level)
 
 
 @contextmanager

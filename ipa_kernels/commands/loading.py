@@ -1,4 +1,4 @@
-"""What the user names on a command line: pipelines, adapters, pictures, devices. A mistake is a `UserError` of one line."""
+"""What the user names on a command line: pipelines, adapters, pictures. A mistake is a `UserError` of one line."""
 
 import inspect
 import os
@@ -78,22 +78,6 @@ def writable(path: str) -> Path:
     if output.is_dir() or not os.access(output.parent, os.W_OK):
         raise UserError(f"--output {path}: cannot be written there")
     return output
-
-
-def available_device(device: str | None) -> torch.device:
-    """The device, after one number has been there and back."""
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=name).item()
-        return torch.device(name)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"--device {name}: not available here: {why(error)}") from error
-
-
-def chosen_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The dtype of --dtype; without it float32 on the cpu, else float16."""
-    dtype: torch.dtype = getattr(torch, name or ("float32" if device.type == "cpu" else "float16"))
-    return dtype
 
 
 def place(pipe: Any, device: torch.device, offload: str) -> None:
