@@ -200,5 +200,6 @@ def test_the_tests_of_blocks_can_fail(tmp_path: Path, empty_folder: None) -> Non
     assert list(commands("A=1 make demo  # first\nmake \\\n  test\n")) == [["make", "demo"], ["make", "test"]]
     dots = Block(page, 1, "text", "a\n...\nc\n", "output compared")
     same_output(dots, "a\nb\nb\nc\n")
+    same_output(Block(page, 1, "text", "a\n...\n", "output compared"), "a\nb\nc\n")
     with pytest.raises(AssertionError, match="says"):
         same_output(dots, "a\nb\n")

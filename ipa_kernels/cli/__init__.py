@@ -1,12 +1,11 @@
 """The command line, `ipa-kernels COMMAND`. What a command needs is imported when it runs, so that --help is instant."""
 
 import importlib
-import logging
 import sys
-from types import ModuleType
 
 from .. import __version__
 from ..commands.errors import UserError
+from ..commands.imports import quiet_imports
 from . import demo, doctor, generate, verify
 from .arguments import USER_ERROR, Parser
 
@@ -21,23 +20,14 @@ def main(argv: list[str] | None = None) -> int:
     options = vars(_parser().parse_args(argv))
     name, extra = options.pop("command"), options.pop("extra")
     try:
-        command = _imported(f"ipa_kernels.commands.{name}")
+        with quiet_imports():
+            command = importlib.import_module(f"ipa_kernels.commands.{name}")
     except ModuleNotFoundError as error:
         return _fail(name, f"{error}; what it needs: pip install 'ipa-kernels[{extra}]'")
     try:
         return int(command.run(command.Options(**options)))
     except UserError as error:
         return _fail(name, str(error))
-
-
-def _imported(module: str) -> ModuleType:
-    """What libraries log while they are imported is about them, and not about the command."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        return importlib.import_module(module)
-    finally:
-        logging.disable(level)
 
 
 def _fail(command: str, message: str) -> int:

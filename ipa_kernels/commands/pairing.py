@@ -56,8 +56,8 @@ def check(adapters: list[Adapter]) -> None:
             raise UserError(f"--image: none given for {adapter}{own}")
         if masks not in (0, images):
             one_each = "needs one per image, in the order of the images (all white: everywhere)"
-            raise UserError(f"--mask: {masks} given for {images} of {adapter}'s images: {one_each}")
+            raise UserError(f"--mask: {masks} given for {adapter}, {images} for --image: {one_each}")
         if scales > 1 and not masks:
             raise UserError(f"--scale: {scales} given for {adapter}: needs one; only images with a --mask have a scale each")
         if scales > 1 and scales != images:
-            raise UserError(f"--scale: {scales} given for {images} of {adapter}'s images: needs one for all or one per image")
+            raise UserError(f"--scale: {scales} given for {adapter}, {images} for --image: needs one for all or one per image")

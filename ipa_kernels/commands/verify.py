@@ -15,6 +15,7 @@ from ..ops.support import allows_tf32, kernel_module, layer_reasons
 from . import named_cases
 from .errors import UserError, why
 from .findings import Checked, dtype_name, ratios
+from .imports import quiet_imports
 from .machine import available_device
 from .progress import progress
 from .tables import table, wrapped
@@ -106,7 +107,8 @@ def _pipeline(
     options: Options, dtypes: Sequence[torch.dtype], device: torch.device, seed: int
 ) -> tuple[list[Checked], list[str]]:
     try:
-        from .pipeline_layers import check
+        with quiet_imports():
+            from .pipeline_layers import check
     except ImportError as error:
         raise UserError(f"--pipeline: {error}; what it needs: pip install 'ipa-kernels[diffusers]'") from error
     impl = options.impl or ("triton" if _is_interpreted() else "auto")

@@ -177,8 +177,8 @@ def without_hub_and_gpu(page: str = "") -> Iterator[None]:
 
 def same_output(block: Block, printed: str) -> None:
     """Compare a page's output with the real one: times aside, and what is above or below a line of dots."""
-    expected = re.escape(_without_times(block.text).strip()).replace(re.escape("...\n"), r"(?:.*\n)*?")
-    assert re.fullmatch(expected, _without_times(printed).strip()), f"{block} says\n{block.text}\nprinted was\n{printed}"
+    expected = re.escape(_without_times(block.text).strip() + "\n").replace(re.escape("...\n"), r"(?:.*\n)*?")
+    assert re.fullmatch(expected, _without_times(printed).strip() + "\n"), f"{block} says\n{block.text}\nprinted was\n{printed}"
 
 
 def _without_times(text: str) -> str:
