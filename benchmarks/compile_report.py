@@ -4,8 +4,9 @@
 
 What is compiled is what a launch compiles: one source for both (`ipa_kernels.kernels.variant`), specialised on nothing that a
 launch may change. An entry is unfit, and the exit status 1, if it spills, exceeds the shared memory of the device, does without
-tensor cores (float32 may do either), loads queries or stores the output with less than 16 bytes per thread, or, where a tensor
-core multiplies 16 x 8 x 16, needs over 10 % more of that than the shape does.
+tensor cores, loads queries or stores the output with less than 16 bytes per thread, or, where a tensor core multiplies
+16 x 8 x 16, needs over 10 % more of that than the shape does. Of float32, multiplied in TF32 (`--dtype tf32`, what impl="auto"
+runs) or in IEEE precision (float32), shared memory alone is judged.
 
 min_mma is the minimum for tiles of 16: over every branch, ceil8(keys) columns of Q·Kᵗ and ceil16(keys) rows of V, times
 ceil16(head dim), per query; a loop counts one block of keys and the rest after the last block. Elsewhere than on mma.sync it is
@@ -48,7 +49,9 @@ from .occupancy import occupancy
 HEAD_DIMS = tuple(range(8, 161, 8))
 USED_HEAD_DIMS = (40, 64, 80, 128, 160)
 """Those of UNets: SD 1.5 has 40, 80 and 160, SDXL and Kolors 64; 128 is that of most transformers."""
-DTYPES = ("float16", "bfloat16", "float32")
+FLOAT32 = ("tf32", "float32")
+"""Tensors in float32, multiplied in TF32 or in IEEE precision."""
+DTYPES = ("float16", "bfloat16", *FLOAT32)
 LONG = 1000
 """A length that every config loops over."""
 
@@ -70,8 +73,9 @@ class Entry:
     @property
     def variant(self) -> Variant:
         """What a launch of these lengths compiles."""
-        masks = (self.dtype if self.masked else None,) * (len(self.lengths) - 1)
-        return variant(self.dtype, self.head_dim, self.lengths, masks, False, self.config)
+        dtype = "float32" if self.dtype in FLOAT32 else self.dtype
+        masks = (dtype if self.masked else None,) * (len(self.lengths) - 1)
+        return variant(dtype, self.head_dim, self.lengths, masks, self.dtype == "tf32", self.config)
 
     @property
     def minimum(self) -> int:
@@ -111,7 +115,7 @@ def entries(archs: list[str], dtypes: list[str], head_dims: list[int], which: st
         for row in (row for row in launch_table.TABLE if arch in row.archs):
             # only what a launch can find: an earlier row may have taken a head dim
             dims = [d for d in head_dims if launch_table.find(arch, row.bits, d, row.queries) is row.config]
-            for dtype in (dtype for dtype in dtypes if _bits(dtype) == row.bits):
+            for dtype in (dtype for dtype in dtypes if _runs(arch, dtype, row.bits)):
                 if which == "quick":
                     classes = list(hardest(row.config))
                     for head_dim in dims[-1:]:
@@ -135,7 +139,7 @@ def backward_entries(archs: list[str], dtypes: list[str], head_dims: list[int], 
             longest = min(row.config.max_image_keys, backward_classes.LONG)
             dims = [d for d in head_dims if launch_table_backward.find(arch, row.bits, d, longest) is row.config]
             classes = list(backward_classes.hardest(row.config))
-            for dtype in (dtype for dtype in dtypes if _bits(dtype) == row.bits):
+            for dtype in (dtype for dtype in dtypes if _runs(arch, dtype, row.bits)):
                 if which == "quick":
                     for head_dim in dims[-1:]:
                         lengths, wanted = classes[turn % len(classes)]
@@ -178,8 +182,8 @@ def _query_lines(kernel: Any) -> Lines:
 
 
 def min_mma(entry: Entry, counted: Count) -> int | None:
-    """See above; None for float32, where there are no matrix instructions, and of the backward elsewhere than on mma.sync."""
-    if not counted.mma or entry.dtype == "float32" or (entry.wanted is not None and entry.arch not in launch_table.MMA):
+    """See above; None for float32, whose instructions are of other shapes, and of the backward elsewhere than on mma.sync."""
+    if not counted.mma or entry.dtype in FLOAT32 or (entry.wanted is not None and entry.arch not in launch_table.MMA):
         return None
     if counted.multiply_adds is None:
         # tcgen05 does not show its shape: the fewest instructions, each 16 deep and as wide as it may be
@@ -206,19 +210,19 @@ def excess(entry: Entry, counted: Count) -> str | None:
 
 
 def faults(entry: Entry, counted: Count) -> list[str]:
-    """What makes an entry unfit to ship; float32 may spill and has no tensor cores."""
+    """What makes an entry unfit to ship; of float32, memory alone."""
     limit = launch_table.SHARED_MEMORY[entry.arch]
     found = []
     if counted.shared_bytes > limit:
         found.append(f"shared memory {counted.shared_bytes} over the {limit} of {entry.arch}")
+    if entry.dtype in FLOAT32:
+        return found
     # a block of the backward may have fewer queries: a narrow tile of them is not 16 bytes for every thread
     if counted.query_load < (16 if entry.wanted is None else 8):
         found.append(f"loads queries by {counted.query_load} bytes per thread")
     # of the backward, what is stored besides dQ may be smaller than the threads of a block times 16 bytes
     if counted.output_store < 16 and entry.wanted is None:
         found.append(f"stores the output by {counted.output_store} bytes per thread")
-    if entry.dtype == "float32":
-        return found
     if counted.spill_bytes > (0 if entry.wanted is None else launch_table_backward.SPILL_BYTES):
         found.append(f"spills {counted.spill_bytes} bytes per thread")
     if not counted.mma:
@@ -233,8 +237,12 @@ def _up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def _runs(arch: str, dtype: str, bits: int) -> bool:
+    return _bits(dtype) == bits and (dtype != "tf32" or arch in launch_table.TF32)
+
+
 def _bits(dtype: str) -> int:
-    return 32 if dtype == "float32" else 16
+    return 32 if dtype in FLOAT32 else 16
 
 
 def row(entry: Entry, counted: Count) -> dict[str, Any]:

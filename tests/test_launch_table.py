@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,9 +122,17 @@ def test_what_makes_an_entry_unfit(changes: dict[str, int], fault: str | None) -
     assert compile_report.faults(entry(), replace(GOOD, **changes)) == ([] if fault is None else [fault])
 
 
-def test_float32_may_spill_and_do_without_tensor_cores() -> None:
+def test_of_float32_memory_alone_is_judged() -> None:
     counted = replace(GOOD, spill_bytes=400, mma=0, multiply_adds=0)
-    assert compile_report.faults(entry(dtype="float32"), counted) == []
+    for dtype in ("float32", "tf32"):
+        assert compile_report.faults(entry(dtype=dtype), counted) == []
+        assert "shared memory" in compile_report.faults(entry(dtype=dtype), replace(counted, shared_bytes=2**20))[0]
+
+
+def test_tf32_is_compiled_where_there_is_tf32() -> None:
+    listed = list(compile_report.entries(["sm_80", "gfx942", "gfx1100"], ["tf32"], [64], "hardest"))
+    assert {e.arch for e in listed} == {"sm_80", "gfx942"}
+    assert all(e.variant.tf32 and e.variant.dtype == "float32" for e in listed)
 
 
 @pytest.mark.parametrize("arch", launch_table.SHARED_MEMORY)
@@ -162,10 +171,15 @@ def test_what_a_gpu_is_given(on_sm_90: torch.device, monkeypatch: pytest.MonkeyP
     assert support.launch_config(on_sm_90, torch.bfloat16, 64, 4096).block_m == 128
     assert support.launch_config(on_sm_90, torch.float16, 64, 64).block_m == 64
     assert support.layer_reasons(on_sm_90, torch.float32, 64) == []
-    monkeypatch.setattr(support, "allows_tf32", lambda device: False)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="ieee"))
     assert "fp32_precision = 'tf32' lifts this" in support.automatic_reasons(on_sm_90, torch.float32)[0]
-    monkeypatch.setattr(support, "allows_tf32", lambda device: True)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
     assert support.automatic_reasons(on_sm_90, torch.float32) == []
+    assert support.allows_tf32(on_sm_90)
+    monkeypatch.setattr(support, "architecture", lambda device: "gfx1100")
+    assert not support.allows_tf32(on_sm_90), "Triton compiles no TF32 there"
+    assert "no tensor cores for it on gfx1100" in support.automatic_reasons(on_sm_90, torch.float32)[0]
+    monkeypatch.setattr(support, "architecture", lambda device: "sm_90")
     assert "head dim 192" in support.layer_reasons(on_sm_90, torch.float16, 192)[0]
 
 

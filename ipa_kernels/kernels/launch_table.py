@@ -75,6 +75,8 @@ TCGEN05 = ("sm_100", "sm_103")
 CDNA = ("gfx90a", "gfx942")
 RDNA3 = ("gfx1100",)
 RDNA4 = ("gfx1201",)
+TF32 = (*MMA, *WGMMA, *TCGEN05, "gfx942")
+"""Whose tensor cores multiply float32 in TF32; elsewhere Triton refuses to compile it."""
 
 
 def dims(first: int, last: int) -> range:
@@ -110,7 +112,7 @@ TABLE = (
     Row(RDNA3, 16, dims(88, 96), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, num_stages=1, max_image_keys=16)),
     Row(RDNA4, 16, dims(8, 96), ANY, LaunchConfig(64, 32, 128, 32, num_warps=4, num_stages=1)),
     Row(RDNA4, 16, dims(104, 144), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, num_stages=1, max_image_keys=16)),
-    # IEEE float32 has no tensor cores: small tiles, for the sake of registers and compile time
+    # small tiles, for the sake of registers; in IEEE precision there are no tensor cores, and the same tiles spill
     Row(tuple(SHARED_MEMORY), 32, dims(8, 160), ANY, LaunchConfig(32, 32, 80, 32, num_warps=4)),
 )
 

@@ -61,9 +61,13 @@ def architecture(device: torch.device) -> str:
 
 
 def allows_tf32(device: torch.device) -> bool:
-    """Whether torch allows TF32 in the float32 matrix products of this device."""
+    """Whether torch allows TF32 in the float32 matrix products of this device, and the device has it."""
     # not allow_tf32: reading it raises once a user has set this newer switch
-    return device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return (
+        device.type == "cuda"
+        and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        and architecture(device) in launch_table.TF32
+    )
 
 
 def launch_config(device: torch.device, dtype: torch.dtype, head_dim: int, queries: int) -> launch_table.LaunchConfig | None:
@@ -114,6 +118,9 @@ def automatic_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     if kernel is not None and kernel.INTERPRETED:
         return ['Triton\'s interpreter: runs for impl="triton" only']
     if device.type == "cuda" and dtype == torch.float32 and not allows_tf32(device):
+        arch = architecture(device)
+        if arch not in launch_table.TF32:
+            return [f"dtype torch.float32: no tensor cores for it on {arch}; float16 or bfloat16 lifts this"]
         switch = "torch.backends.cuda.matmul.fp32_precision = 'tf32'"
         return [f"dtype torch.float32: no tensor cores in IEEE precision; {switch} lifts this"]
     return []
