@@ -16,11 +16,14 @@ _WEIGHTS = {".safetensors", ".bin"}
 _BASE_ADAPTERS = {768: "models/ip-adapter_sd15.safetensors", 2048: "sdxl_models/ip-adapter_sdxl.safetensors"}
 """Where h94/IP-Adapter has the base adapter for a UNet, by the width of its text embeddings."""
 
+_DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
+"""The argument of `from_pretrained`: of two names each version knows one, or warns of the other."""
+
 
 def load_pipeline(model: str, adapter: str, weight_name: str | None, image_encoder: str, dtype: torch.dtype) -> Any:
     """The pipeline of --model with the weights of --ip-adapter."""
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, **{_DTYPE: dtype})
     except Exception as error:  # diffusers, transformers, safetensors, pickle and the hub, each with errors of its own
         raise UserError(f"--model {model}: {_elsewhere(model)}{why(error)}") from error
     _check_kind(model, pipe)
