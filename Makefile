@@ -13,7 +13,7 @@ else
 GPU_PYTHON := $(PYTHON)
 endif
 
-.PHONY: help setup demo test test-slow test-gpu gpu check format bench bench-micro compile-report clean
+.PHONY: help setup demo test test-slow test-gpu matrix gpu check format bench bench-micro compile-report clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -43,17 +43,23 @@ test-gpu: $(READY) ## run the gpu-marked tests, and the kernel's tests in every 
 	@$(BIN)/python -m pytest -m gpu
 	@$(BIN)/python -m pytest -m 'not gpu' tests/test_kernel.py
 
+matrix: ## tests with other versions of torch, triton and diffusers; make matrix CORNER=oldest [TESTS=--all] [PYTHON=python3.12]
+	@test -n "$(CORNER)" || { echo "which corner? make matrix CORNER=oldest; docs/versions.md has them"; exit 2; }
+	@$(PYTHON) .ci/matrix.py "$(CORNER)" $(TESTS)
+
 gpu: $(GPU_READY) ## a day with a GPU: tests, benchmarks, plots; make gpu OUT=folder [DEVICE=cpu] [PYTHON=python3]
 	@test -n "$(OUT)" || { echo "where to? make gpu OUT=folder"; exit 2; }
 	@$(GPU_PYTHON) -m benchmarks.gpu_day --device $(DEVICE) --out "$(OUT)"
 
-check: $(READY) ## format, lint, types, direction of imports
+check: $(READY) ## format, lint, types, direction of imports, workflows
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/mypy --python-version 3.12 --platform win32 ipa_kernels
 	@$(BIN)/mypy --python-version 3.13 --platform darwin ipa_kernels
 	@$(BIN)/lint-imports
+	@$(BIN)/actionlint -shellcheck= -pyflakes=
+	@$(BIN)/zizmor --offline --quiet .github
 
 format: $(READY) ## format the code
 	@$(BIN)/ruff format .
@@ -66,9 +72,10 @@ bench: $(READY) ## compare the attention core and a generation with stock, after
 bench-micro: $(READY) ## the micro-benchmarks that CI can track
 	@$(BIN)/python -m pytest tests/test_micro_benchmarks.py --benchmark-only
 
-compile-report: $(READY) ## compile the launch table for every GPU, without one, and count (half an hour on two cores)
-	@$(BIN)/python -m benchmarks.compile_report
-	@$(BIN)/python -m benchmarks.growth
+compile-report: $(READY) ## compile the launch table for every GPU, without one, and count (half an hour on two cores); [OUT=folder] [ENTRIES=--quick]
+	@mkdir -p "$(or $(OUT),.)"
+	@$(BIN)/python -m benchmarks.compile_report $(ENTRIES) $(if $(OUT),--json "$(OUT)/compile-report.json")
+	@$(BIN)/python -m benchmarks.growth $(if $(OUT),--json "$(OUT)/growth.json")
 
 clean: ## remove .venv and caches
-	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks
+	@rm -rf $(VENV) $(VENV)-* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .benchmarks

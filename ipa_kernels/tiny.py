@@ -4,7 +4,10 @@ The architectures are diffusers' own, only narrow; the adapters are state dicts 
 IP-Adapter repository, so that `load_ip_adapter` does all the work that it does for real weights.
 """
 
+import json
 import math
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -202,13 +205,16 @@ def _encoders_xl() -> dict[str, Any]:
 
 
 def _tokenizer() -> Any:
-    """A CLIP tokenizer whose words are bytes."""
+    """A CLIP tokenizer whose words are bytes, read from files: its constructors differ between transformers 4 and 5."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
     letters = sorted(ByteLevel.alphabet())
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
+    with TemporaryDirectory() as folder:
+        Path(folder, "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}), encoding="utf-8")
+        Path(folder, "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
 
 
 def _text_config(tokenizer: Any, width: int) -> Any:

@@ -1,5 +1,7 @@
 """The eager twin: bit for bit what diffusers' processor computes, and the oracle's meaning for everything else."""
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -23,7 +25,8 @@ def test_auto_is_eager_on_the_cpu() -> None:
     positional, keywords = CASES["sd15_512_head40"].small().inputs(torch.float32).arguments()
     eager = decoupled_attention(*positional, **keywords, impl="eager")
     assert torch.equal(decoupled_attention(*positional, **keywords), eager)
-    assert not torch.equal(decoupled_attention(*positional, **keywords, impl="triton"), eager)
+    if importlib.util.find_spec("triton"):
+        assert not torch.equal(decoupled_attention(*positional, **keywords, impl="triton"), eager)
 
 
 @pytest.mark.parametrize("bias", ["[N]", "[M, N]", "[B, 1, 1, N]", "[B, H, M, N]"])

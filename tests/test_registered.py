@@ -180,11 +180,14 @@ def test_what_the_kernel_cannot_run_is_told_while_tracing() -> None:
 
 
 def test_a_graph_for_a_gpu_that_is_not_there() -> None:
-    """Traced with fake CUDA tensors; the kernel of its node is compiled. Inductor's own code needs a torch built for CUDA."""
+    """Traced with fake CUDA tensors; the kernel of its node is compiled. Inductor's own code needs more than is here."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # torch 2.11's pool may wait for ever at exit, on Python 3.12
     command = [sys.executable, "-m", "tests.compiled_for_cuda"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["output"], result["wgmma"]) == ("cuda:0", True)
-    assert "not linked with support for cuda" in result["inductor"] or result["inductor"] == "compiled"
+    # what the last step needs of the machine: a torch that was built for CUDA, and a driver
+    ends = ("not linked with support for cuda", "Found no NVIDIA driver", "compiled")
+    assert any(end in result["inductor"] for end in ends), result["inductor"]

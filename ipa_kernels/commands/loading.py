@@ -19,6 +19,9 @@ from .errors import UserError, elsewhere, why
 TINY_ADAPTERS: dict[str, Callable[..., Any]] = {"base": tiny.base_adapter, "plus": tiny.plus_adapter}
 """What --ip-adapter names where there is no --model."""
 
+_DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
+"""The argument of `from_pretrained`: of two names each version knows one, or warns of the other."""
+
 
 class Weights(NamedTuple):
     """An IP-Adapter as the user names it, and the weight file in it, where that is named too."""
@@ -30,7 +33,7 @@ class Weights(NamedTuple):
 def load_pipeline(model: str, adapters: Sequence[Weights], image_encoder: str, dtype: torch.dtype) -> Any:
     """The pipeline of --model with the weights of each --ip-adapter."""
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, **{_DTYPE: dtype})
     except Exception as error:  # diffusers, transformers, safetensors, pickle and the hub, each with errors of its own
         raise UserError(f"--model {model}: {elsewhere(model)}{why(error)}") from error
     _check_kind(model, pipe)

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.guiders import ClassifierFreeGuidance, PerturbedAttentionGuidance
 from diffusers.hooks import LayerSkipConfig
 from diffusers.loaders import IPAdapterMixin, StableDiffusionLoraLoaderMixin
 from diffusers.modular_pipelines import SequentialPipelineBlocks
-from diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl import StableDiffusionXLCoreDenoiseStep
 from torch import Tensor
 
 
@@ -76,7 +76,11 @@ class ModularXL:
     """The modular SDXL pipeline from prompt embeddings to latents; its guider calls the UNet once per condition."""
 
     def __init__(self, unet: Any, vae: Any, scheduler: Any, guider: str) -> None:
-        blocks = SequentialPipelineBlocks.from_blocks_dict({"denoise": StableDiffusionXLCoreDenoiseStep()})
+        xl = pytest.importorskip(
+            "diffusers.modular_pipelines.stable_diffusion_xl.modular_blocks_stable_diffusion_xl",
+            reason="diffusers' modular SDXL has these blocks from 0.37 on",
+        )
+        blocks = SequentialPipelineBlocks.from_blocks_dict({"denoise": xl.StableDiffusionXLCoreDenoiseStep()})
         self.guider = guider
         self.pipe = blocks.init_pipeline()
         self.pipe.update_components(unet=unet, vae=vae, scheduler=scheduler)
