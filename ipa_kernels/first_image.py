@@ -46,8 +46,15 @@ class Job:
 
 
 def in_process(job: Job, caches: Path) -> dict[str, Any]:
-    """`run` in a process of its own, with Triton's and Inductor's caches in a folder; "reason" if it failed."""
-    environment = os.environ | {"TRITON_CACHE_DIR": str(caches / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor")}
+    """`run` in a process of its own, on as many threads, with Triton's and Inductor's caches in a folder.
+
+    "reason" if it failed.
+    """
+    environment = os.environ | {
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
     command = [sys.executable, "-m", "ipa_kernels.first_image", json.dumps(asdict(job))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

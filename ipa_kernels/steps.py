@@ -2,13 +2,15 @@
 
 import copy
 import itertools
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .architectures import Inputs, clone
+from .architectures import Inputs, Model, build, clone, load
 from .integration import enable, explain
+from .measure import first_line, gate, interleaved, peak_bytes
 
 VARIANTS = {"none": (0, False), "one": (1, False), "one masked": (1, True), "three": (3, False), "three masked": (3, True)}
 """Adapters (one: base, 4 tokens; three: Plus, 16 tokens each), and whether each has a mask.
@@ -67,4 +69,47 @@ def in_float64(base: Any, inputs: Inputs) -> Tensor | None:
         torch.cuda.empty_cache()
         if torch.cuda.mem_get_info(base.device)[0] < 3 * size:
             return None
-    return inputs.double().step(copy.deepcopy(base).double(), COMPARED)
+    try:
+        return inputs.double().step(copy.deepcopy(base).double(), COMPARED)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def measure(
+    model: Model, dtype: torch.dtype, device: torch.device, rounds: int, side: int | None = None
+) -> list[dict[str, Any]]:
+    """One row per variant, stock and enabled: first the gate of all, then, only if all are within, the times of all in turns.
+
+    On a CPU in float32 only the same bits will do. Then the peak of memory, None on a CPU.
+    """
+    plain = build(model, dtype, device)
+    exact = device.type == "cpu" and dtype == torch.float32
+    bases: dict[int, Any] = {}
+    runs: dict[str, Candidate] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for variant, (adapters, masked) in VARIANTS.items():
+        if adapters not in bases:
+            bases[adapters] = clone(plain)
+            load(bases[adapters], model, adapters)
+        base, inputs = bases[adapters], Inputs(model, adapters, masked, dtype, device, side)
+        stock = Candidate(variant, False, base, inputs)
+        expected = stock.compared()
+        runs[stock.name], rows[stock.name] = stock, stock.row()
+        if not adapters:
+            continue
+        enabled = Candidate(variant, True, base, inputs)
+        runs[enabled.name] = enabled
+        try:
+            actual = enabled.compared()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # stock ran
+            rows[enabled.name] = enabled.row() | {"within": False, "reason": first_line(error)}
+            continue
+        truth = None if exact else in_float64(base, inputs)
+        rows[enabled.name] = enabled.row() | gate(actual, expected, truth, exact=exact)
+    if all(row.get("within", True) for row in rows.values()):
+        for name, timing in interleaved(runs, device, rounds).items():
+            rows[name]["seconds"] = asdict(timing)
+            rows[name]["peak_bytes"] = peak_bytes(runs[name], device)
+    return list(rows.values())

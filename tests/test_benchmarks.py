@@ -351,6 +351,9 @@ def test_the_gates_of_a_step() -> None:
     assert measure.gate(better, stock, truth)["within"]
     assert not measure.gate(worse, stock, truth)["within"]
     assert not measure.gate(torch.full_like(stock, float("nan")), stock, truth)["within"]
+    assert measure.gate(stock, stock.clone(), None, exact=True)["within"]
+    assert not measure.gate(better, stock, truth, exact=True)["within"]
+    assert not measure.gate(torch.full_like(stock, float("nan")), stock, None, exact=True)["within"]
     half = stock.half()
     assert measure.gate(half * 1.005, half, None)["within"]
     assert not measure.gate(half * 1.1, half, None)["within"]

@@ -5,10 +5,10 @@ import sys
 
 from .. import __version__
 from ..commands.errors import UserError
-from . import demo
+from . import bench, demo
 from .arguments import USER_ERROR, Parser
 
-_COMMANDS = (demo,)
+_COMMANDS = (demo, bench)
 
 
 def main(argv: list[str] | None = None) -> int:
