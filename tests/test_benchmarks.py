@@ -406,6 +406,22 @@ def test_plots_and_tables_of_device_times(tmp_path: Path) -> None:
     assert [path.name for path in plots.plot(found, tmp_path)] == ["attention.png", "sweep.png"]
 
 
+def test_tables_of_the_first_image() -> None:
+    row = {
+        "way": "graphed",
+        "caches": "cold",
+        "first": 7.891,
+        "second": 0.123,
+        "within": True,
+        "layers": {"triton": 7, "eager": 0},
+    }
+    rows = [row, {**row, "within": False}, {"way": "compiled", "caches": "warm", "reason": "KeyError: x", "within": False}]
+    report = figures.report([{"benchmark": "first_image", "machine": {}, "rows": rows}])
+    assert "| graphed | cold | 7.89 | 0.12 | 7 triton |" in report
+    assert "| graphed | cold | 7.89 | 0.12 | 7 triton; another picture than stock's |" in report
+    assert "| compiled | warm | not measured | not measured | KeyError: x |" in report
+
+
 def test_figures_of_an_empty_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
