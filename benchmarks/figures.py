@@ -21,6 +21,7 @@ TITLES = {
     "attention": "Attention core",
     "sweep": "Cost as work grows",
     "unet_step": "UNet step",
+    "first_image": "Time to the first image",
     "generation": "Once per generation",
     "host": "On the host",
     "growth": "Cost as work grows, counted without a GPU",
@@ -130,6 +131,17 @@ def unet_step(document: Document) -> list[str]:
     return parts
 
 
+def first_image(document: Document) -> list[str]:
+    """Seconds of the first and the second image, each way in a process of its own on empty and on full compiler caches."""
+    rows = []
+    for row in document["rows"]:
+        layers = ", ".join(f"{count} {impl}" for impl, count in row.get("layers", {}).items() if count)
+        notes = row.get("reason") or layers + ("" if row["within"] else "; another picture than stock's")
+        times = [_number(row.get(turn), 2) for turn in ("first", "second")]
+        rows.append([row["way"], row["caches"], *times, notes])
+    return [_table(["", "compiler caches", "first image, s", "the next, s", "layers"], rows)]
+
+
 def training(document: Document) -> list[str]:
     """Forward and backward of the core and of a UNet step: time, bytes saved, peak, and stock's over ours."""
     header = ["candidate", "ms (p20 to p80)", "MB saved for the backward", "peak MB", "notes"]
@@ -198,7 +210,7 @@ def growth(document: Document) -> list[str]:
 
 SECTIONS = {
     "attention": attention, "sweep": sweep, "unet_step": unet_step, "generation": generation, "host": host, "growth": growth,
-    "training": training,
+    "training": training, "first_image": first_image,
 }  # fmt: skip
 
 

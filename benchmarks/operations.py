@@ -12,6 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ipa_kernels.measure import peak_bytes
+
 # no arithmetic, no copy: what a schema does not say of itself
 _VIEWS = {"aten::_unsafe_view", "aten::detach", "aten::alias", "aten::lift_fresh", "aten::_reshape_alias"}
 _ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided"}
@@ -73,11 +75,9 @@ def count(call: Any) -> Counter[str]:
 
 def peak_memory(call: Any, device: torch.device) -> int:
     """Bytes: of the allocator on a GPU, of live tensors between operations on a CPU; what lives before the call is left out."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        return int(torch.cuda.max_memory_allocated(device) - before)
+    allocated = peak_bytes(call, device)
+    if allocated is not None:
+        return allocated
     memory = LiveMemory()
     with memory:
         call()

@@ -5,7 +5,7 @@
 The UNet is frozen, so an adapter needs the gradients of queries, image keys and image values; "all" has those of the text's
 keys and values too, as a LoRA on them does. Gradients are compared first: those of the core with float64 autograd of the
 reference, by `ipa_kernels.reference.compare`; those of the UNet's trained parameters with float64 where it fits, else with
-stock's, by the bounds of `unet_step`. What is outside of them is reported and not timed. Then all candidates take turns.
+stock's, by `ipa_kernels.measure.gate`. What is outside its bounds is reported and not timed. Then all candidates take turns.
 
 saved  bytes that the forward keeps for the backward, inputs and weights not counted: a fact about the code, the same on every
        machine of a kind, by `torch.autograd.graph.saved_tensors_hooks`
@@ -28,14 +28,13 @@ from torch import Tensor, nn
 
 import ipa_kernels
 from ipa_kernels import decoupled_attention, reference
+from ipa_kernels.architectures import MODELS, Inputs, Model, build, clone, load
 from ipa_kernels.cases import CASES, Case
-from ipa_kernels.measure import first_line, interleaved, machine_facts
+from ipa_kernels.measure import first_line, gate, interleaved, machine_facts, peak_bytes
 from ipa_kernels.ops.arguments import check_arguments
 from ipa_kernels.ops.decoupled_attention import choose
 
 from .peers import sdpa, stock_order
-from .unet_models import MODELS, Inputs, Model, build, clone, load
-from .unet_step import gate
 
 OURS, STOCK = "ipa_kernels", "stock"
 WANTED = ("adapter", "all")
@@ -265,17 +264,6 @@ def saved_bytes(forward: Callable[[], Tensor], known: Sequence[int]) -> int:
     total = sum(size for address, size in kept.items() if address not in set(known))
     del out
     return total
-
-
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
-    """The most that a call has allocated at a time; None on a CPU, which keeps no account."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    call()
-    return torch.cuda.max_memory_allocated(device) - before
 
 
 def main() -> int:

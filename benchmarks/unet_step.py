@@ -2,22 +2,20 @@
 
     python -m benchmarks.unet_step [--device cuda] [--model sd15 sdxl] [--modes eager graphed compiled prepared] [--json FILE]
 
-Architectures are the real ones, weights are random (`unet_models`). All candidates of a model share one set of weights and take
-turns in one run; each has modules of its own, so that nothing is switched between calls. Wall time of the whole step, launches
-and, for stock, masks on the CPU included. Before that, the results of a step that is not the first are compared:
+Architectures are the real ones, weights are random (`ipa_kernels.architectures`). All candidates of a model share one set of
+weights and take turns in one run; each has modules of its own, so that nothing is switched between calls. Wall time of the
+whole step, launches and, for stock, masks on the CPU included. Before that, a step that is not the first is compared:
 
 float64  where the weights fit in float64: the enabled step's root mean square distance from the float64 step is at most 1.25
          times the stock step's (attention is a small part of a UNet's rounding: the two errors are nearly the same noise)
 stock    elsewhere: relative distance to the stock step at most 1e-2 in float16, 8e-2 in bfloat16, 1e-4 in float32
 
-With these weights a left-out adapter moves the step by 0.3 (one) or 0.7 (three), and a scale of 0.59 for 0.6 by 5e-3 or more.
 "Stock" is the stock step in the same mode: eager for "graphed" (`ipa_kernels.graphed`, enabled only), compiled for "prepared"
 (compiled after `ipa_kernels.prepare`, enabled only); these modes need the other. A variant outside of its bound is reported and
 not timed.
 """
 
 import argparse
-import copy
 import itertools
 import json
 import sys
@@ -33,21 +31,13 @@ from diffusers.utils import logging
 from torch import Tensor
 
 import ipa_kernels
-from ipa_kernels.measure import first_line, interleaved, machine_facts
-
-from .unet_models import MODELS, Inputs, Model, build, clone, load
-
-VARIANTS = {"none": (0, False), "one": (1, False), "one masked": (1, True), "three": (3, False), "three masked": (3, True)}
-"""Adapters (one: base, 4 tokens; three: Plus, 16 tokens each), and whether each has a mask."""
+from ipa_kernels import unet_steps
+from ipa_kernels.architectures import MODELS, Inputs, Model, build, clone, load
+from ipa_kernels.measure import first_line, gate, interleaved, machine_facts
+from ipa_kernels.unet_steps import VARIANTS, in_float64
 
 MODES = {"eager": "eager", "graphed": "eager", "compiled": "compiled", "prepared": "compiled"}
 """The modes, each with the mode of the stock step that it is compared with."""
-
-COMPARED = 2
-"""Which step is compared: of a graphed UNet the first runs as ever, the second is captured, this one is but a replay."""
-
-SLACK = 1.25
-RELATIVE = {torch.float16: 1e-2, torch.bfloat16: 8e-2, torch.float32: 1e-4}
 
 
 class Pipeline:
@@ -68,65 +58,28 @@ class Pipeline:
         """There are none."""
 
 
-class Candidate:
-    """One way to run a variant. Called again and again it goes through the steps of a generation."""
+class Candidate(unet_steps.Candidate):
+    """One way to run a variant, in a mode."""
 
     def __init__(self, variant: str, enabled: bool, mode: str, base: Any, inputs: Inputs) -> None:
-        self.variant = variant
-        self.state = "enabled" if enabled else "stock"
+        super().__init__(variant, enabled, base, inputs)
         self.mode = mode
-        self.unet = clone(base)
-        if enabled:
-            ipa_kernels.enable(self.unet)
         if mode == "graphed":
             ipa_kernels.graphed(self.unet)
         if mode == "prepared":
             ipa_kernels.prepare(Pipeline(self.unet, inputs))
-        self.module: Any = torch.compile(self.unet) if mode in ("compiled", "prepared") else self.unet
-        self.inputs = inputs
-        self.steps = itertools.count()
+        if mode in ("compiled", "prepared"):
+            self.module = torch.compile(self.unet)
 
     @property
     def name(self) -> str:
         """The name of its row."""
-        return f"{self.variant}, {self.state}, {self.mode}"
-
-    def __call__(self) -> Tensor:
-        return self.inputs.step(self.module, next(self.steps))
+        return f"{super().name}, {self.mode}"
 
     def row(self) -> dict[str, Any]:
-        """What it is, and what its layers ran according to `explain`."""
-        row: dict[str, Any] = {"variant": self.variant, "state": self.state, "mode": self.mode, "reason": None, "seconds": None}
-        report = ipa_kernels.explain(self.unet)
-        if self.state == "enabled" and report.layers:
-            row["layers"] = {"triton": report.triton, "eager": report.eager, "stock": report.stock}
-            row["graphs"] = None if report.graphs is None else report.graphs._asdict()
-            row["why not the kernel"] = sorted({layer.reason for layer in report.layers if layer.reason})
-        return row
-
-
-def gate(actual: Tensor, expected: Tensor, truth: Tensor | None, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """Whether an enabled step is as good as a stock one, and the numbers that say so; never where it is NaN.
-
-    dtype: in which it was computed, where the result has another.
-    """
-    equal = torch.equal(actual, expected)
-    if truth is None:
-        distance = _rms(actual.double() - expected.double()) / _rms(expected.double())
-        bound = RELATIVE[dtype or actual.dtype]
-        return {"within": equal or distance <= bound, "equal": equal, "relative to stock": distance, "bound": bound}
-    ours, stock = _rms(actual.double() - truth), _rms(expected.double() - truth)
-    return {"within": equal or ours <= SLACK * stock, "equal": equal, "rms": ours, "stock_rms": stock}
-
-
-def in_float64(base: Any, inputs: Inputs, step: int) -> Tensor | None:
-    """The truth, by stock's code; None where its weights do not fit beside the rest."""
-    size = 8 * sum(parameter.numel() for parameter in base.parameters())
-    if base.device.type == "cuda":
-        torch.cuda.empty_cache()
-        if torch.cuda.mem_get_info(base.device)[0] < 3 * size:
-            return None
-    return inputs.double().step(copy.deepcopy(base).double(), step)
+        """With its mode, and its graphs if it has any."""
+        graphs = ipa_kernels.explain(self.unet).graphs
+        return {**super().row(), "mode": self.mode, "graphs": None if graphs is None else graphs._asdict()}
 
 
 def measure_model(
@@ -151,7 +104,7 @@ def measure_model(
             load(with_adapters[adapters], model, adapters)
         base = with_adapters[adapters]
         inputs = Inputs(model, adapters, masked, dtype, device)
-        truth = in_float64(base, inputs, COMPARED) if adapters else None
+        truth = in_float64(base, inputs) if adapters else None
         expected: dict[str, Tensor] = {}
         for mode, enabled in itertools.product(modes, (False, True)):
             if (enabled and not adapters) or (not enabled and MODES[mode] != mode):
@@ -164,8 +117,7 @@ def measure_model(
                 continue
             start = time.perf_counter()
             try:
-                for _ in range(COMPARED + 1):
-                    out = candidate()
+                out = candidate.compared()
             except Exception as error:  # what cannot be compiled is a result
                 rows[candidate.name] = candidate.row() | {"reason": first_line(error), "within": False}
                 continue
@@ -246,10 +198,6 @@ def _table(name: str, entry: dict[str, Any]) -> str:
         lines.append(f"  {row['variant']:13} {row['state']:8} {row['mode']:9} {median}  {notes}")
     lines += [f"  {label}: {ratio:.3f}" for label, ratio in entry["ratios"].items()]
     return "\n".join(lines)
-
-
-def _rms(tensor: Tensor) -> float:
-    return float(tensor.square().mean().sqrt())
 
 
 if __name__ == "__main__":

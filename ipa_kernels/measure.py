@@ -1,4 +1,4 @@
-"""The measuring core: interleaved wall time, medians, facts about the machine. torch only.
+"""The measuring core: the gate of a whole step, interleaved wall time, medians, peaks, facts about the machine. torch only.
 
 A time on its own says little, so candidates are timed in turns within one run and compared as ratios of medians. Wall time is
 what a caller waits for, launches included; `replay` measures the time of the device alone.
@@ -19,6 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+SLACK = 1.25
+"""How much farther from float64 than stock's a whole step may be: attention is a small part of a UNet's rounding."""
+
+RELATIVE = {torch.float16: 1e-2, torch.bfloat16: 8e-2, torch.float32: 1e-4}
+"""The distance from stock's step that is allowed where there is no float64."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,34 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], device: torch.de
             if round_ >= 0:
                 times[name].append(time.perf_counter() - start)
     return {name: timing(seconds) for name, seconds in times.items()}
+
+
+def gate(
+    actual: Tensor, expected: Tensor, truth: Tensor | None, dtype: torch.dtype | None = None, *, exact: bool = False
+) -> dict[str, Any]:
+    """Whether an enabled result is as good as the stock one, and the numbers that say so; never where it is NaN.
+
+    truth: in float64, where there is one; dtype: in which it was computed, where the result has another; exact: whether only
+    the same bits will do.
+    """
+    equal = torch.equal(actual, expected)
+    if exact or truth is None:
+        distance = _rms(actual.double() - expected.double()) / _rms(expected.double())
+        bound = 0.0 if exact else RELATIVE[dtype or actual.dtype]
+        return {"within": equal or distance <= bound, "equal": equal, "relative to stock": distance, "bound": bound}
+    ours, stock = _rms(actual.double() - truth), _rms(expected.double() - truth)
+    return {"within": equal or ours <= SLACK * stock, "equal": equal, "rms": ours, "stock_rms": stock}
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """The most that a call has allocated at a time, beyond what was there before; None on a CPU, which keeps no account."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def machine_facts(device: torch.device) -> dict[str, Any]:
@@ -101,6 +136,10 @@ def timing(seconds: list[float]) -> Timing:
     ordered = sorted(seconds)
     p20, p80 = ordered[len(ordered) // 5], ordered[(len(ordered) * 4) // 5]
     return Timing(statistics.median(ordered), p20, p80, len(ordered))
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.square().mean().sqrt())
 
 
 def _wait(device: torch.device) -> None:

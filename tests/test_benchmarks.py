@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import ipa_kernels
-from benchmarks import attention, figures, generation, gpu_day, host, peers, plots, sweeps, training, unet_models, unet_step
-from ipa_kernels import conditioning, decoupled_attention, reference, replay
+from benchmarks import attention, figures, generation, gpu_day, host, peers, plots, sweeps, training, unet_step
+from ipa_kernels import architectures, conditioning, decoupled_attention, measure, reference, replay
 from ipa_kernels.cases import CASES
 
 CPU = torch.device("cpu")
@@ -195,23 +195,25 @@ def test_the_generation_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_clones_share_weights_and_nothing_else() -> None:
-    plain = unet_models.build(unet_models.MODELS["tiny"], torch.float32, CPU)
-    loaded = unet_models.clone(plain)
-    unet_models.load(loaded, unet_models.MODELS["tiny"], 3)
-    enabled = unet_models.clone(loaded)
+    plain = architectures.build(architectures.MODELS["tiny"], torch.float32, CPU)
+    loaded = architectures.clone(plain)
+    architectures.load(loaded, architectures.MODELS["tiny"], 3)
+    enabled = architectures.clone(loaded)
     ipa_kernels.enable(enabled)
     assert plain.config.encoder_hid_dim_type is None
     assert len(list(loaded.parameters())) > len(list(plain.parameters()))
     assert all(a is b for a, b in zip(loaded.parameters(), enabled.parameters(), strict=True))
     assert not ipa_kernels.explain(loaded).enabled
-    assert {processor.scale[2] for name, processor in loaded.attn_processors.items() if "attn2" in name} == {unet_models.SCALE}
+    assert {processor.scale[2] for name, processor in loaded.attn_processors.items() if "attn2" in name} == {
+        architectures.SCALE
+    }
 
 
 @pytest.mark.parametrize(("name", "layers", "millions"), [("sd15", 16, 859.5), ("sdxl", 70, 2567.5)])
 def test_the_architectures_are_the_real_ones(name: str, layers: int, millions: float, monkeypatch: pytest.MonkeyPatch) -> None:
     for draw in ("kaiming_uniform_", "uniform_", "ones_", "zeros_"):
         monkeypatch.setattr(torch.nn.init, draw, lambda tensor, *arguments, **options: tensor)
-    unet = unet_models.build(unet_models.MODELS[name], torch.float16, torch.device("meta"))
+    unet = architectures.build(architectures.MODELS[name], torch.float16, torch.device("meta"))
     assert sum("attn2" in processor for processor in unet.attn_processors) == layers
     assert round(sum(parameter.numel() for parameter in unet.parameters()) / 1e6, 1) == millions
     assert unet.dtype == torch.float16
@@ -328,7 +330,7 @@ def test_saved_bytes_are_counted_once() -> None:
 
 @pytest.mark.parametrize("mistake", ["off by a thousandth", "another scale", "no adapter"])
 def test_a_red_unet_step_is_not_timed(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = unet_models.Inputs.step
+    step = architectures.Inputs.step
 
     def wrong(self, unet, i):
         if not ipa_kernels.explain(unet).enabled:
@@ -338,7 +340,7 @@ def test_a_red_unet_step_is_not_timed(mistake: str, tmp_path: Path, monkeypatch:
                 processor.scale = [0.59 if mistake == "another scale" else 0.0]
         return step(self, unet, i) * (1.001 if mistake == "off by a thousandth" else 1)
 
-    monkeypatch.setattr(unet_models.Inputs, "step", wrong)
+    monkeypatch.setattr(architectures.Inputs, "step", wrong)
     file = tmp_path / "unet_step.json"
     monkeypatch.setattr("sys.argv", ["unet_step", "--device", "cpu", "--adapters", "one", "--rounds", "1", "--json", str(file)])
     assert unet_step.main() == 1
@@ -354,13 +356,16 @@ def test_the_gates_of_a_step() -> None:
     truth = torch.randn(2, 4, 16, 16, dtype=torch.float64)
     stock, better = truth.float() + 1e-4 * torch.randn_like(truth.float()), truth.float()
     worse = truth.float() + 2e-4 * torch.randn_like(truth.float())
-    assert unet_step.gate(better, stock, truth)["within"]
-    assert not unet_step.gate(worse, stock, truth)["within"]
-    assert not unet_step.gate(torch.full_like(stock, float("nan")), stock, truth)["within"]
+    assert measure.gate(better, stock, truth)["within"]
+    assert not measure.gate(worse, stock, truth)["within"]
+    assert not measure.gate(torch.full_like(stock, float("nan")), stock, truth)["within"]
+    assert measure.gate(stock, stock.clone(), None, exact=True)["within"]
+    assert not measure.gate(better, stock, truth, exact=True)["within"]
+    assert not measure.gate(torch.full_like(stock, float("nan")), stock, None, exact=True)["within"]
     half = stock.half()
-    assert unet_step.gate(half * 1.005, half, None)["within"]
-    assert not unet_step.gate(half * 1.1, half, None)["within"]
-    assert not unet_step.gate(torch.full_like(half, float("nan")), half, None)["within"]
+    assert measure.gate(half * 1.005, half, None)["within"]
+    assert not measure.gate(half * 1.1, half, None)["within"]
+    assert not measure.gate(torch.full_like(half, float("nan")), half, None)["within"]
 
 
 def numbers(text: str) -> set[str]:
@@ -407,6 +412,22 @@ def test_plots_and_tables_of_device_times(tmp_path: Path) -> None:
     assert "| 64 | 20.0 (19.0 to 21.0) | not measured | 20.0 (19.0 to 21.0) | not measured | not measured |" in report
     assert plots._clock([entry]) == "cold"
     assert [path.name for path in plots.plot(found, tmp_path)] == ["attention.png", "sweep.png"]
+
+
+def test_tables_of_the_first_image() -> None:
+    row = {
+        "way": "graphed",
+        "caches": "cold",
+        "first": 7.891,
+        "second": 0.123,
+        "within": True,
+        "layers": {"triton": 7, "eager": 0},
+    }
+    rows = [row, {**row, "within": False}, {"way": "compiled", "caches": "warm", "reason": "KeyError: x", "within": False}]
+    report = figures.report([{"benchmark": "first_image", "machine": {}, "rows": rows}])
+    assert "| graphed | cold | 7.89 | 0.12 | 7 triton |" in report
+    assert "| graphed | cold | 7.89 | 0.12 | 7 triton; another picture than stock's |" in report
+    assert "| compiled | warm | not measured | not measured | KeyError: x |" in report
 
 
 def test_figures_of_an_empty_folder(

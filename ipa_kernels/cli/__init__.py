@@ -6,10 +6,10 @@ import sys
 from .. import __version__
 from ..commands.errors import UserError
 from ..commands.imports import quiet_imports
-from . import demo, doctor, generate, verify
+from . import bench, demo, doctor, generate, verify
 from .arguments import USER_ERROR, Parser
 
-_COMMANDS = (demo, generate, doctor, verify)
+_COMMANDS = (demo, generate, doctor, verify, bench)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from .errors import UserError
-from .generation import Request, compare, enough_memory, print_outcome, threads
-from .loading import Weights, build_pipeline, check_paths, load_pipeline, read_picture, writable
-from .machine import available_device, chosen_dtype
+from .files import writable
+from .generation import Request, compare, enough_memory, print_outcome
+from .loading import Weights, build_pipeline, check_paths, load_pipeline, read_picture
+from .machine import available_device, chosen_dtype, threads
 from .pictures import Panel, compose, draw_reference, save
 from .quiet import quiet
 

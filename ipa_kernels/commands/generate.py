@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from .errors import UserError
-from .generation import Request, Result, accelerate, compare, enough_memory, print_outcome, threads
+from .files import writable
+from .generation import Request, Result, accelerate, compare, enough_memory, print_outcome
 from .loading import (
     TINY_ADAPTERS,
     Weights,
@@ -17,9 +18,8 @@ from .loading import (
     load_pipeline,
     place,
     read_picture,
-    writable,
 )
-from .machine import available_device, chosen_dtype
+from .machine import available_device, chosen_dtype, threads
 from .pairing import Adapter, check
 from .pictures import save
 from .quiet import quiet

@@ -15,6 +15,7 @@ from PIL import Image
 from ..integration import accelerated
 from ..report import Report
 from .errors import UserError, why
+from .machine import is_about_memory
 from .pictures import largest_difference
 
 
@@ -42,7 +43,7 @@ def accelerate(request: Request) -> tuple[Result, Report]:
         with accelerated(request.pipe) as report:
             return _generate(request, "accelerated"), report
     except Exception as error:
-        if _out_of_memory(error):
+        if is_about_memory(error):
             raise
         _stock(request)
         raise
@@ -80,28 +81,17 @@ def enough_memory(device: torch.device, advice: Sequence[str]) -> Iterator[None]
     try:
         yield
     except Exception as error:
-        if not _out_of_memory(error):
+        if not is_about_memory(error):
             raise
         helps = f"what would help: {', '.join(advice)}" if advice else "this needs another device"
         raise UserError(f"--device {device}: not enough memory; {helps} ({why(error)})") from error
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """The small pipeline computes too little for several threads, which stall each other where cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _stock(request: Request, *, warm_up: bool = False) -> Result:
     try:
         return _generate(request, "stock", warm_up=warm_up)
     except Exception as error:  # a model that loads may still lack anything, and says so in its own way
-        if _out_of_memory(error):
+        if is_about_memory(error):
             raise
         raise UserError(f"stock diffusers cannot run this model, adapter and picture: {why(error)}") from error
 
@@ -129,8 +119,3 @@ def _generate(request: Request, label: str, *, warm_up: bool = False) -> Result:
     picture = call(request.steps)
     intervals = [end - start for start, end in pairwise(ends)]
     return Result(picture, 1e3 * statistics.median(intervals) if intervals else math.nan)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """The CPU's allocator raises a RuntimeError like any other."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

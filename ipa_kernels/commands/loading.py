@@ -1,7 +1,6 @@
 """What the user names on a command line: pipelines, adapters, pictures. A mistake is a `UserError` of one line."""
 
 import inspect
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -71,16 +70,6 @@ def check_paths(model: Path, *adapters: Path) -> None:
             raise UserError(f"{flag} {path}: no such file or folder")
     if model.is_file():
         raise UserError(f"--model {model}: a file; needs the folder of a diffusers pipeline")
-
-
-def writable(path: str) -> Path:
-    """The file of --output, which is written at the end: a mistake in it should not wait until then."""
-    output = Path(path)
-    if output.suffix.lower() != ".png" or not output.parent.is_dir():
-        raise UserError(f"--output {path}: needs the name of a .png file in a folder that exists")
-    if output.is_dir() or not os.access(output.parent, os.W_OK):
-        raise UserError(f"--output {path}: cannot be written there")
-    return output
 
 
 def place(pipe: Any, device: torch.device, offload: str) -> None:

@@ -1,4 +1,7 @@
-"""The device that a command runs on, and the dtype. torch only."""
+"""The device that a command runs on, the dtype, threads and memory. torch only."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -19,3 +22,19 @@ def chosen_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """The dtype of --dtype; without it float32 on the cpu, else float16."""
     dtype: torch.dtype = getattr(torch, name or ("float32" if device.type == "cpu" else "float16"))
     return dtype
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """The small pipeline computes too little for several threads, which stall each other where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def is_about_memory(error: BaseException) -> bool:
+    """The CPU's allocator raises a RuntimeError like any other."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -4,7 +4,6 @@ import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from ..cases import Case
 from ..measure import machine_facts
 from ..ops.support import allows_tf32, kernel_module, layer_reasons
 from . import named_cases
-from .errors import UserError, why
+from .errors import UserError
+from .files import json_file, written
 from .findings import Checked, dtype_name, ratios
 from .imports import quiet_imports
 from .machine import available_device
@@ -56,6 +56,7 @@ def run(options: Options) -> int:
     Raises UserError, before anything is computed, where the options do not go together or name something that does not work.
     """
     _check_options(options)
+    file = json_file(options.json)
     cases = named_cases.chosen(options.case)
     device = available_device(options.device)
     dtypes = _dtypes(options, device)
@@ -80,14 +81,12 @@ def run(options: Options) -> int:
     for line in summary(checked, what, interpreted=interpreted):
         print(wrapped(line))
     passed = bool(checked) and all(c.passed for c in checked)
-    if options.json is not None:
+    if file is not None:
         verified = any("triton" in c.findings for c in checked)
         document = {"command": "verify", "passed": passed, "kernel_verified": passed and verified, "interpreted": interpreted}
         document |= {"machine": facts, "seed": seed, what: [c.to_dict() for c in checked]}
-        try:
-            Path(options.json).write_text(json.dumps(document, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"--json {options.json}: {why(error)}") from error
+        with written("--json", file):
+            file.write_text(json.dumps(document, indent=1) + "\n")
     return 0 if passed else 1
 
 
@@ -148,8 +147,6 @@ def _check_options(options: Options) -> None:
         raise UserError("--case and --quick: they are about the named cases; with --pipeline leave them out")
     if options.model is None and options.image is not None:
         raise UserError(f"--image {options.image}: it is for --pipeline; the named cases have random inputs")
-    if options.json is not None and (Path(options.json).is_dir() or not Path(options.json).parent.is_dir()):
-        raise UserError(f"--json {options.json}: needs the name of a file in a folder that exists")
 
 
 def _check_kernel(options: Options, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:

@@ -12,10 +12,13 @@ from diffusers import UNet2DConditionModel
 from diffusers.image_processor import IPAdapterMaskProcessor
 from torch import Tensor, nn
 
-from ipa_kernels import tiny
+from . import tiny
 
 BATCH = 2
 """Classifier-free guidance for one picture."""
+
+VAE_FACTOR = 8
+"""Pixels on the side of a picture for each latent."""
 
 SCALE = 0.6
 PLUS_STATES = 257
@@ -33,7 +36,19 @@ class Model:
     config: dict[str, Any]
     image_dims: tuple[int, int]
     resampler: int
-    vae_factor: int = 8
+
+    @property
+    def side(self) -> int:
+        """Of the pictures that it was made for, in pixels."""
+        return int(VAE_FACTOR * self.config["sample_size"])
+
+    @property
+    def pooled(self) -> int:
+        """Width of the pooled text embedding that goes with the time; 0 where there is none."""
+        config = self.config
+        if config.get("addition_embed_type") != "text_time":
+            return 0
+        return int(config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"])
 
 
 MODELS = {
@@ -124,12 +139,18 @@ def load(unet: Any, model: Model, adapters: int) -> None:
 
 
 class Inputs:
-    """What a pipeline passes in every step of a generation: the same tensors each time, but for the timestep."""
+    """What a pipeline passes in every step of a generation: the same tensors each time, but for the timestep.
 
-    def __init__(self, model: Model, adapters: int, masked: bool, dtype: torch.dtype, device: torch.device) -> None:
+    side: of the picture in pixels, a multiple of 64; by default what the model was made for.
+    """
+
+    def __init__(
+        self, model: Model, adapters: int, masked: bool, dtype: torch.dtype, device: torch.device, side: int | None = None
+    ) -> None:
         generator = torch.Generator(device).manual_seed(1)
         config = model.config
-        size = config["sample_size"]
+        side = side or model.side
+        size = side // VAE_FACTOR
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, device=device).to(dtype)
@@ -137,16 +158,14 @@ class Inputs:
         self.sample = normal(BATCH, 4, size, size)
         self.text = normal(BATCH, 77, config["cross_attention_dim"])
         self.added: dict[str, Any] = {}
-        if config.get("addition_embed_type") == "text_time":
-            pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-            side = float(size * model.vae_factor)
-            self.added["text_embeds"] = normal(BATCH, pooled)
-            self.added["time_ids"] = torch.tensor([[side, side, 0.0, 0.0, side, side]] * BATCH, device=device, dtype=dtype)
+        if model.pooled:
+            self.added["text_embeds"] = normal(BATCH, model.pooled)
+            self.added["time_ids"] = torch.tensor([[side, side, 0, 0, side, side]] * BATCH, device=device, dtype=dtype)
         if adapters == 1:
             self.added["image_embeds"] = [normal(BATCH, 1, model.image_dims[0])]
         elif adapters:
             self.added["image_embeds"] = [normal(BATCH, 1, PLUS_STATES, model.image_dims[1]) for _ in range(adapters)]
-        self.masks = _masks(adapters, size * model.vae_factor) if masked else None
+        self.masks = _masks(adapters, side) if masked else None
         # a tensor whose elements are passed one after the other, as a scheduler's are
         self.timesteps = torch.arange(999, -1, -1, device=device)
 

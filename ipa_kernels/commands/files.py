@@ -1,0 +1,37 @@
+"""The files that a command writes, as its options name them. Needs nothing but Python."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .errors import UserError, why
+
+
+def writable(path: str) -> Path:
+    """The file of --output, which is written at the end: a mistake in it should not wait until then."""
+    output = Path(path)
+    if output.suffix.lower() != ".png" or not output.parent.is_dir():
+        raise UserError(f"--output {path}: needs the name of a .png file in a folder that exists")
+    if output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise UserError(f"--output {path}: cannot be written there")
+    return output
+
+
+def json_file(path: str | None) -> Path | None:
+    """The file of --json. Raises UserError where there can be none of that name."""
+    if path is None:
+        return None
+    file = Path(path)
+    if file.is_dir() or not file.parent.is_dir():
+        raise UserError(f"--json {path}: needs the name of a file in a folder that exists")
+    return file
+
+
+@contextmanager
+def written(option: str, path: Path) -> Iterator[None]:
+    """Raises UserError where what is in the block cannot write the file."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{option} {path}: {why(error)}") from error
