@@ -323,7 +323,7 @@ def test_a_unet_that_does_not_fit(fail: Fail, monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(bench, "measure", measure)
     line = fail(*QUICK, "--unet", "sdxl")
     assert "not enough memory on cpu for the sdxl UNet at 64x64 in float32: a smaller --size or --unet sd15 needs less" in line
-    assert bench._is_about_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert bench.is_about_memory(torch.OutOfMemoryError("CUDA out of memory."))
     monkeypatch.setattr(bench, "_draw", lambda *arguments: "")
     assert cli.main(["bench", *QUICK, "--unet", "sdxl", "sd15"]) == 0
     printed = capsys.readouterr().out
