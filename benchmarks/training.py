@@ -330,7 +330,7 @@ def _core_lines(row: dict[str, Any]) -> str:
     for name, entry in row["candidates"].items():
         notes = "; ".join(row["why not the kernel"]) if name == OURS else ""
         lines.append(f"  {name:12} {_figures(entry)}  ({entry['saved_bytes'] / query:.2f} times the query)  {notes}".rstrip())
-    return "\n".join([*lines, _ratio_line(row["ratios"])])
+    return "\n".join([*lines, *_ratio_line(row["ratios"])])
 
 
 def _model_lines(name: str, entry: dict[str, Any]) -> str:
@@ -338,7 +338,7 @@ def _model_lines(name: str, entry: dict[str, Any]) -> str:
     for row in entry["rows"]:
         notes = "; ".join(filter(None, [row["reason"], *row.get("why not the kernel", [])]))
         lines.append(f"  {_label(row):28} {_figures(row) if 'saved_bytes' in row else '-'}  {notes}")
-    return "\n".join([*lines, _ratio_line(entry["ratios"])])
+    return "\n".join([*lines, *_ratio_line(entry["ratios"])])
 
 
 def _label(row: dict[str, Any]) -> str:
@@ -351,8 +351,9 @@ def _figures(entry: dict[str, Any]) -> str:
     return f"{time:>12}  saved {entry['saved_bytes'] / 1e6:8.1f} MB  peak {peak}"
 
 
-def _ratio_line(found: dict[str, float]) -> str:
-    return "  stock over ours: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+def _ratio_line(found: dict[str, float]) -> list[str]:
+    """None where there is nothing to compare: the kernel saves 0 bytes."""
+    return ["  stock over ours: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items())] if found else []
 
 
 def _flat(gradients: Iterable[Tensor]) -> Tensor:
