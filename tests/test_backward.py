@@ -70,7 +70,7 @@ def assert_within_budget(draw: Callable[[], tuple[Inputs, Tensor]], **options: f
 
 
 def exceeding(inputs: Inputs, upstream: Tensor, **options: float) -> dict[str, str]:
-    """The gradients whose largest error, and that alone, is beyond the budget."""
+    """The gradients whose largest error, and that alone, is beyond the budget, and those of few values."""
     dtype = inputs.query.dtype
     actual = gradients(decoupled_attention, inputs, upstream, dtype, impl="triton", **options)
     stock = gradients(decoupled_attention, inputs, upstream, dtype, impl="eager", **options)
@@ -88,8 +88,10 @@ def exceeding(inputs: Inputs, upstream: Tensor, **options: float) -> dict[str, s
             if not compared.within:
                 found[name] = str(compared)
         else:
-            size = truth[name].abs().max()
-            assert (gradient.double() - truth[name]).abs().max() <= 32 * score * torch.finfo(gradient.dtype).eps * size, name
+            # a sum of few values may be small beside its summands by chance, and its error large beside the sum
+            error, size = (gradient.double() - truth[name]).abs().max(), truth[name].abs().max()
+            if error > 32 * score * torch.finfo(gradient.dtype).eps * size:
+                found[name] = f"error {error:.2e}, largest value {size:.2e}"
     return found
 
 

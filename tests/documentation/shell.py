@@ -8,6 +8,7 @@ import runpy
 import shlex
 import sys
 import tomllib
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -95,7 +96,8 @@ def parse(main: Callable[[], object], words: list[str]) -> str:
 def check_module(name: str, arguments: list[str]) -> str:
     if name in ("pip", "pytest", "venv"):
         return check_requirements(arguments) if name == "pip" else ""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* found in sys.modules", RuntimeWarning)  # another test has imported it
         patch.setattr(sys, "argv", [name, *arguments])
         return parse(lambda: runpy.run_module(name, run_name="__main__", alter_sys=True), [name, *arguments])
 
