@@ -163,12 +163,13 @@ def _report(unet: Any, target: str) -> Report:
     impl = state.session.impl if state is not None else "auto"
     device, dtype = _execution_device(unet), unet.dtype
     layers = []
+    switch = f"unsetting {OFF}" if os.environ.get(OFF) == "1" else "ipa_kernels.enable"
     for name, attention in watch.places.adapter_layers(unet):
         processor = attention.processor
         planned, reasons = families.layer_plan(attention, processor, impl, device, dtype)
         layer = vars(processor).get("_ipa_layer")
         if state is None:
-            layers.append(LayerReport(name, "stock", None, "not enabled: ipa_kernels.enable lifts this", 0))
+            layers.append(LayerReport(name, "stock", None, f"not enabled: {switch} lifts this", 0))
         elif type(processor) in families.FUSED:
             waiting = "loaded since: taken over by the next step that is not compiled, until then stock"
             layers.append(LayerReport(name, planned, None, "; ".join([waiting, *reasons]), 0))

@@ -165,7 +165,7 @@ def test_broken_adapters(fail: Fail, weights: Path, tmp_path: Path) -> None:
 def test_broken_options(fail: Fail) -> None:
     assert "--dtype: invalid choice: 'float99'" in fail("--dtype", "float99")
     assert "--steps" in fail("--steps", "1")
-    assert "2000 cannot be larger than" in fail("--steps", "2000", "--device", "cpu")
+    assert "--steps 2000: the model's scheduler has 1000" in fail("--steps", "2000", "--device", "cpu")
     assert "--device toaster" in fail("--device", "toaster")
     assert "--device meta" in fail("--device", "meta")
     assert "--output no/demo.png" in fail("--output", "no/demo.png")
@@ -175,6 +175,13 @@ def test_broken_options(fail: Fail) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_no_gpu(fail: Fail) -> None:
     assert "--device cuda: not available here" in fail("--device", "cuda")
+
+
+def test_what_would_compare_or_replace_the_wrong_thing(fail: Fail, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    draw_reference().save(tmp_path.parent / "own.png")
+    assert "own.png would replace another file" in fail("--image", "../own.png", "--output", str(tmp_path.parent / "own.png"))
+    monkeypatch.setenv("IPA_KERNELS_DISABLE", "1")
+    assert "IPA_KERNELS_DISABLE=1 is set: nothing would be enabled" in fail()
 
 
 def test_without_diffusers(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -422,3 +422,10 @@ def test_with_torch_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_redacted(text: str, expected: str) -> None:
     assert redacted(text) == expected
+
+
+def test_values_that_libraries_quote_are_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "pw123")
+    assert redacted("invalid value for boolean flag: pw123valid values are 0 or 1") == (
+        "invalid value for boolean flag: <secret>valid values are 0 or 1"
+    )

@@ -224,8 +224,8 @@ def test_broken_options(fail: Mistake) -> None:
     assert "--offload model: moves models between a GPU" in fail(*image, "--offload", "model")
     assert "--output gone/x.png: needs the name of a .png file in a folder" in fail(*image, "--output", "gone/x.png")
     assert "--output x.jpg: needs" in fail(*image, "--output", "x.jpg")
-    assert "--output: a.png would replace a picture" in fail(*image, "--output", "./a.png")
-    assert "2000 cannot be larger than" in fail(*image, "--steps", 2000)
+    assert "--output: a.png would replace another file" in fail(*image, "--output", "./a.png")
+    assert "--steps 2000: the model's scheduler has 1000" in fail(*image, "--steps", 2000)
 
 
 def test_not_enough_memory(fail: Mistake, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,21 @@
 """The command line, `ipa-kernels COMMAND`. What a command needs is imported when it runs, so that --help is instant."""
 
+import contextlib
+import errno
 import importlib
+import io
+import os
 import sys
+from types import ModuleType
 
 from .. import __version__
-from ..commands.errors import UserError
+from ..commands.errors import UserError, why
 from ..commands.imports import quiet_imports
 from . import bench, demo, doctor, generate, verify
 from .arguments import USER_ERROR, Parser
+
+INTERRUPTED, CLOSED = 130, 141
+"""Exit statuses of a shell for what SIGINT and SIGPIPE end."""
 
 _COMMANDS = (demo, generate, doctor, verify, bench)
 
@@ -15,19 +23,42 @@ _COMMANDS = (demo, generate, doctor, verify, bench)
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit status.
 
-    0: success. 1: a check that failed, of commands that check. 2: a mistake of the user's, which is one line on stderr.
+    0: success. 1: a check that failed, of commands that check. 2: a mistake of the user's, which is one line on stderr. 130:
+    interrupted. 141: nobody reads the output any more.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # a file name that the terminal cannot show is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     options = vars(_parser().parse_args(argv))
     name, extra = options.pop("command"), options.pop("extra")
     try:
-        with quiet_imports():
-            command = importlib.import_module(f"ipa_kernels.commands.{name}")
-    except ModuleNotFoundError as error:
-        return _fail(name, f"{error}; what it needs: pip install 'ipa-kernels[{extra}]'")
-    try:
-        return int(command.run(command.Options(**options)))
+        command = _imported(name, extra)
+        status = int(command.run(command.Options(**options)))
+        sys.stdout.flush()
+        return status
     except UserError as error:
         return _fail(name, str(error))
+    except KeyboardInterrupt:
+        print(f"ipa-kernels {name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # whoever read the output, as `head` does, has enough; Python would complain once more when it ends
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ENOSPC):
+            raise
+        return _fail(name, why(error))
+
+
+def _imported(name: str, extra: str) -> ModuleType:
+    try:
+        with quiet_imports():
+            return importlib.import_module(f"ipa_kernels.commands.{name}")
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error}; what it needs: pip install 'ipa-kernels[{extra}]'") from error
 
 
 def _fail(command: str, message: str) -> int:

@@ -47,7 +47,7 @@ def check_encoder_folder(file: AdapterFile, encoder: str) -> None:
     folder = file.repository / encoder if "/" in encoder else (file.repository / file.weight).parent / encoder
     if file.repository.is_dir() and not folder.is_dir():
         raise UserError(
-            f"--ip-adapter {file.repository}: the model has no image encoder; no {folder} either (see --image-encoder)"
+            f"--ip-adapter {file.adapter}: the model has no image encoder; no {folder} either (see --image-encoder)"
         )
 
 
@@ -99,6 +99,8 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
     parts = torch.load(path, map_location="meta", weights_only=True)
+    if not isinstance(parts, dict) or not all(isinstance(tensors, dict) for tensors in parts.values()):
+        return {}
     return {f"{part}.{name}": tuple(tensor.shape) for part, tensors in parts.items() for name, tensor in tensors.items()}
 
 
@@ -106,7 +108,7 @@ def _problem(shapes: dict[str, tuple[int, ...]], unet: Any) -> str:
     """Why these are not weights for the UNet and pictures, "" where they are."""
     keys = [shape for name, shape in shapes.items() if name.endswith(".to_k_ip.weight")]
     projection = {name.removeprefix("image_proj.") for name in shapes if name.startswith("image_proj.")}
-    if not keys or not projection:
+    if not keys or not projection or any(len(shape) != 2 for shape in keys):
         return "it is no IP-Adapter (which has image_proj and ip_adapter weights)"
     pictures = {"proj.weight", "proj.3.weight", "latents"} & projection
     if not pictures or "perceiver_resampler.proj_in.weight" in projection:

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,11 @@ import torch
 
 from ..architectures import MODELS
 from ..first_image import Job, in_process
-from ..integration import OFF
 from ..measure import SLACK, machine_facts
 from ..unet_steps import measure
 from .errors import UserError
-from .files import json_file, writable, written
-from .machine import available_device, is_about_memory, threads
+from .files import check_overwriting, json_file, writable, written
+from .machine import available_device, check_switch, is_about_memory, threads
 from .quiet import quiet
 from .step_table import step_table
 
@@ -48,8 +46,8 @@ def run(options: Options) -> int:
     device = available_device(options.device)
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: needs cpu or cuda; of another device it is not known when a step is done")
-    if os.environ.get(OFF) == "1":
-        raise UserError(f"{OFF}=1 is set: nothing would be enabled; unset it to compare with stock")
+    check_switch()
+    check_overwriting([output], [options.json])
     names = _names(options, device)
     with threads(1 if device.type == "cpu" and names == ["tiny"] else torch.get_num_threads()):
         document: dict[str, Any] = {

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from .errors import UserError
-from .files import writable
+from .files import check_overwriting, writable
 from .generation import Request, compare, enough_memory, print_outcome
 from .loading import Weights, build_pipeline, check_paths, load_pipeline, read_picture
-from .machine import available_device, chosen_dtype, threads
+from .machine import available_device, check_switch, chosen_dtype, threads
 from .pictures import Panel, compose, draw_reference, save
 from .quiet import quiet
 
@@ -41,7 +41,9 @@ def run(options: Options) -> int:
         raise UserError("--model and --ip-adapter go together: give both, or neither for the pipeline built in code")
     if options.model is not None and options.ip_adapter is not None:
         check_paths(Path(options.model), Path(options.ip_adapter))
+    check_switch()
     output = writable(options.output)
+    check_overwriting([output], [options.image])
     device = available_device(options.device)
     dtype = chosen_dtype(options.dtype, device)
     reference = draw_reference() if options.image is None else read_picture(options.image)
@@ -59,11 +61,11 @@ def run(options: Options) -> int:
         print(f"{options.steps} steps after one to warm up, seed {options.seed}, IP-Adapter scale {options.scale}", flush=True)
         arguments = {"prompt": options.prompt, "ip_adapter_image": reference}
         stock, fused, report = compare(Request(pipe, device, arguments, options.steps, options.seed))
-    print_outcome(report, fused, stock)
     size = f"{stock.picture.width}x{stock.picture.height}"
     sheet = compose(
         [Panel("reference", reference)], Panel(f"stock ({size})", stock.picture), Panel("accelerated", fused.picture)
     )
     save(sheet, output)
+    print_outcome(report, fused, stock)
     print(f"{output}: reference, stock, accelerated, difference")
     return 0

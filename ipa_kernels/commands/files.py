@@ -1,7 +1,7 @@
 """The files that a command writes, as its options name them. Needs nothing but Python."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +26,14 @@ def json_file(path: str | None) -> Path | None:
     if file.is_dir() or not file.parent.is_dir():
         raise UserError(f"--json {path}: needs the name of a file in a folder that exists")
     return file
+
+
+def check_overwriting(outputs: Iterable[Path], given: Iterable[str | None]) -> None:
+    """Raises UserError where an output is one of the other files of the command line."""
+    known = {Path(path).resolve() for path in given if path is not None}
+    for path in outputs:
+        if path.resolve() in known:
+            raise UserError(f"--output: {path} would replace another file of the command line")
 
 
 @contextmanager

@@ -45,10 +45,12 @@ class Finding:
 
     def why(self) -> str:
         """What speaks against."""
+        if self.error:
+            return self.error
         figures = "; again: ".join(map(str, self.draws))
         if self.must_equal:
             return f"differs from stock, which it equals bit for bit on a CPU in float32: {figures}"
-        return self.error or figures
+        return figures
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON, which has no NaN."""

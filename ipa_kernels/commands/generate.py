@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .errors import UserError
-from .files import writable
+from .files import check_overwriting, writable
 from .generation import Request, Result, accelerate, compare, enough_memory, print_outcome
 from .loading import (
     TINY_ADAPTERS,
@@ -19,7 +19,7 @@ from .loading import (
     place,
     read_picture,
 )
-from .machine import available_device, chosen_dtype, threads
+from .machine import available_device, check_switch, chosen_dtype, threads
 from .pairing import Adapter, check
 from .pictures import save
 from .quiet import quiet
@@ -57,8 +57,11 @@ def run(options: Options) -> int:
     check(adapters)
     _check_names(options.model, adapters)
     output = writable(options.output)
-    compared = writable(str(output.with_name(f"{output.stem}-compare.png")))
-    _check_overwriting((output, compared) if options.compare else (output,), adapters)
+    compared = output.with_name(f"{output.stem}-compare.png")
+    outputs = [output, writable(str(compared))] if options.compare else [output]
+    check_overwriting(outputs, (path for adapter in adapters for path in (*adapter.images, *adapter.masks)))
+    if options.compare:
+        check_switch()
     device = available_device(options.device)
     if options.offload != "none" and device.type == "cpu":
         raise UserError(f"--offload {options.offload}: moves models between a GPU and the CPU; --device is {device}")
@@ -81,11 +84,12 @@ def run(options: Options) -> int:
             stock, fused, report = compare(request)
         else:
             fused, report = accelerate(request)
-    print_outcome(report, fused, stock)
     save(fused.picture, output, settings(request, options.model, adapters, dtype))
-    print(f"{output}: the picture, its settings in its text")
     if stock is not None:
         save(sheet(inputs, stock, fused, report), compared)
+    print_outcome(report, fused, stock)
+    print(f"{output}: the picture, its settings in its text")
+    if stock is not None:
         print(f"{compared}: {'images, masks' if any(i.masks for i in inputs) else 'images'}, stock, accelerated, difference")
     return 0
 
@@ -102,13 +106,6 @@ def _check_names(model: str | None, adapters: list[Adapter]) -> None:
             raise UserError(f"--ip-adapter {adapter.path}: needs --model; without it: {' or '.join(TINY_ADAPTERS)}")
         if adapter.weights:
             raise UserError(f"--ip-adapter-weight {adapter.weight}: needs --model")
-
-
-def _check_overwriting(outputs: tuple[Path, ...], adapters: list[Adapter]) -> None:
-    given = {Path(path).resolve() for adapter in adapters for path in (*adapter.images, *adapter.masks)}
-    for path in outputs:
-        if path.resolve() in given:
-            raise UserError(f"--output: {path} would replace a picture that is given as --image or --mask")
 
 
 def _memory_advice(options: Options, device: torch.device, dtype: torch.dtype) -> list[str]:

@@ -39,6 +39,7 @@ class Result(NamedTuple):
 
 def accelerate(request: Request) -> tuple[Result, Report]:
     """Generate accelerated. Raises UserError where stock diffusers cannot either; what is ours alone is raised as it is."""
+    _check_steps(request)
     try:
         with accelerated(request.pipe) as report:
             return _generate(request, "accelerated"), report
@@ -51,6 +52,7 @@ def accelerate(request: Request) -> tuple[Result, Report]:
 
 def compare(request: Request) -> tuple[Result, Result, Report]:
     """Generate stock, then accelerated, each after one step to warm up. Raises UserError where stock diffusers cannot."""
+    _check_steps(request)
     stock = _stock(request, warm_up=True)
     with accelerated(request.pipe) as report:
         return stock, _generate(request, "accelerated", warm_up=True), report
@@ -85,6 +87,13 @@ def enough_memory(device: torch.device, advice: Sequence[str]) -> Iterator[None]
             raise
         helps = f"what would help: {', '.join(advice)}" if advice else "this needs another device"
         raise UserError(f"--device {device}: not enough memory; {helps} ({why(error)})") from error
+
+
+def _check_steps(request: Request) -> None:
+    """Raises UserError for more steps than the scheduler was trained with: each scheduler has an error of its own for that."""
+    most = getattr(request.pipe.scheduler.config, "num_train_timesteps", None)
+    if most is not None and request.steps > most:
+        raise UserError(f"--steps {request.steps}: the model's scheduler has {most}")
 
 
 def _stock(request: Request, *, warm_up: bool = False) -> Result:

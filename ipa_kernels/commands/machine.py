@@ -1,10 +1,12 @@
 """The device that a command runs on, the dtype, threads and memory. torch only."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from ..integration import OFF
 from .errors import UserError, why
 
 
@@ -16,6 +18,12 @@ def available_device(device: str | None) -> torch.device:
         return torch.device(name)
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {name}: not available here: {why(error)}") from error
+
+
+def check_switch() -> None:
+    """Raises UserError where `enable` would do nothing: stock would be compared with stock."""
+    if os.environ.get(OFF) == "1":
+        raise UserError(f"{OFF}=1 is set: nothing would be enabled; unset it to compare with stock")
 
 
 def chosen_dtype(name: str | None, device: torch.device) -> torch.dtype:

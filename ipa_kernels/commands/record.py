@@ -36,19 +36,23 @@ def settings(request: Request, model: str | None, adapters: list[Adapter], dtype
         }
         for adapter in adapters
     ]
-    return json.dumps(
-        {
-            "ipa_kernels": __version__,
-            "model": _name(model) if model else None,
-            "adapters": used,
-            **{name: value for name, value in request.arguments.items() if isinstance(value, (str, int, float))},
-            "steps": request.steps,
-            "seed": request.seed,
-            "device": str(request.device),
-            "dtype": str(dtype).removeprefix("torch."),
-        },
-        ensure_ascii=False,
-    )
+    return (
+        json.dumps(
+            {
+                "ipa_kernels": __version__,
+                "model": _name(model) if model else None,
+                "adapters": used,
+                **{name: value for name, value in request.arguments.items() if isinstance(value, (str, int, float))},
+                "steps": request.steps,
+                "seed": request.seed,
+                "device": str(request.device),
+                "dtype": str(dtype).removeprefix("torch."),
+            },
+            ensure_ascii=False,
+        )
+        .encode("utf-8", "backslashreplace")
+        .decode()
+    )  # a file name may hold bytes that are no text
 
 
 def sheet(inputs: list[Inputs], stock: Result, fused: Result, report: Report) -> Image.Image:

@@ -24,11 +24,12 @@ def summary(checked: Sequence[Checked], what: str, *, interpreted: bool) -> list
     without = Counter((dtype_name(c.dtype), c.no_kernel) for c in checked if "triton" not in c.findings)
     for (dtype, reason), count in without.items():
         lines.append(f"kernel: NOT verified in {count} of {len(checked)} {what} ({dtype}), where it does not run: {reason}")
-    return [*lines, *_verdict(checked, what, [impl for impl in NAMES if found[impl]])]
+    return [*lines, *_verdict(checked, what, [impl for impl in NAMES if found[impl]], interpreted)]
 
 
-def _verdict(checked: Sequence[Checked], what: str, ran: Sequence[str]) -> list[str]:
-    names = " and ".join(NAMES[impl] for impl in ran)
+def _verdict(checked: Sequence[Checked], what: str, ran: Sequence[str], interpreted: bool) -> list[str]:
+    where = {"triton": " in Triton's interpreter"} if interpreted else {}
+    names = " and ".join(f"{NAMES[impl]}{where.get(impl, '')}" for impl in ran)
     if not checked:
         return [f"verdict: FAILED: there are no {what} to verify"]
     against = [

@@ -16,7 +16,7 @@ from .errors import UserError
 from .files import json_file, written
 from .findings import Checked, dtype_name, ratios
 from .imports import quiet_imports
-from .machine import available_device
+from .machine import available_device, check_switch
 from .progress import progress
 from .tables import table, wrapped
 from .verdict import summary
@@ -76,6 +76,7 @@ def run(options: Options) -> int:
         checked, reports = _pipeline(options, dtypes, device, seed)
         what = "layers"
         print(machine, *reports, sep="\n")
+        print("what it has is verified: one adapter, no masks, one scale. The named cases (without --pipeline) have the others")
     print("rms, max: the error against float64, of the error that is allowed, both in units of stock's in the same dtype\n")
     print(table(_case_rows(checked) if options.model is None else _layer_rows(checked)), end="\n\n")
     for line in summary(checked, what, interpreted=interpreted):
@@ -83,7 +84,12 @@ def run(options: Options) -> int:
     passed = bool(checked) and all(c.passed for c in checked)
     if file is not None:
         verified = any("triton" in c.findings for c in checked)
-        document = {"command": "verify", "passed": passed, "kernel_verified": passed and verified, "interpreted": interpreted}
+        document = {
+            "command": "verify",
+            "passed": passed,
+            "kernel_verified": passed and verified and not interpreted,
+            "interpreted": interpreted,
+        }
         document |= {"machine": facts, "seed": seed, what: [c.to_dict() for c in checked]}
         with written("--json", file):
             file.write_text(json.dumps(document, indent=1) + "\n")
@@ -147,6 +153,12 @@ def _check_options(options: Options) -> None:
         raise UserError("--case and --quick: they are about the named cases; with --pipeline leave them out")
     if options.model is None and options.image is not None:
         raise UserError(f"--image {options.image}: it is for --pipeline; the named cases have random inputs")
+    if options.model is None and options.ip_adapter_weight is not None:
+        raise UserError(
+            f"--ip-adapter-weight {options.ip_adapter_weight}: it is for --pipeline; the named cases have no weights"
+        )
+    if options.model is not None:
+        check_switch()
 
 
 def _check_kernel(options: Options, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:

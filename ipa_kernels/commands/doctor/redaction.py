@@ -11,6 +11,8 @@ import textwrap
 from pathlib import Path
 
 _SECRET_NAME = re.compile(r"token|key|secret|passw|auth|cred|cookie", re.IGNORECASE)
+_QUOTED = re.compile(r"IPA_KERNELS_DISABLE|TRITON_INTERPRET|\w+_VISIBLE_DEVICES|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
+"""Variables whose values libraries quote in warnings, whatever somebody has put there."""
 _SECRETS = (
     re.compile(r"\b(?:hf|ghp|gho|ghs|github_pat|glpat|sk|pypi)[-_][\w-]{6,}"),
     re.compile(r"(?<=//)[^/\s@]+(?=@)"),
@@ -34,7 +36,8 @@ def redacted(text: str) -> str:
 
     Values of environment variables whose names speak of a secret are one, and so is what looks like a token or an address.
     """
-    for value in sorted((v for name, v in os.environ.items() if _SECRET_NAME.search(name) and len(v) > 3), key=len)[::-1]:
+    hidden = {v for name, v in os.environ.items() if _SECRET_NAME.search(name) or _QUOTED.fullmatch(name)}
+    for value in sorted((v for v in hidden if len(v) > 3 and v.lower() not in ("true", "false")), key=len, reverse=True):
         text = text.replace(value, "<secret>")
     for pattern in _SECRETS:
         text = pattern.sub("<secret>", text)
