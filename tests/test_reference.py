@@ -146,16 +146,23 @@ def test_stocks_attention_is_that_of_diffusers_processor(dtype: torch.dtype) -> 
         assert torch.equal(attention.to_out[0](out.transpose(1, 2).flatten(2)), expected)
 
 
-@pytest.mark.parametrize("name", ["sdxl_1024_64x64_text_only", "sd15_512_head40_two_masked"])
-def test_results_of_one_call_are_compared_with_its_truth(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "scale", "text_only"),
+    [
+        ("sdxl_1024_64x64_text_only", 1.0, True),
+        ("sd15_512_head40_two_masked", 1.0, False),
+        ("sd15_512_head40_two_masked", 0.0, True),
+    ],
+)
+def test_results_of_one_call_are_compared_with_its_truth(name: str, scale: float, text_only: bool) -> None:
     inputs = CASES[name].small().inputs(torch.float32)
+    inputs = replace(inputs, image_scales=inputs.image_scales * scale)
     positional, keywords = inputs.arguments()
     exact, exact_keywords = inputs.to(torch.float64).arguments()
     truth = reference.decoupled_attention(*exact, **exact_keywords, scale=0.3)
     stock = truth.float()
     found = reference.compare_call({"a": stock, "b": stock * 1.01}, stock, *positional, **keywords, scale=0.3)
     score = reference.largest_score(inputs.query, (inputs.key, *inputs.image_keys), 0.3)
-    text_only = not inputs.image_keys
     assert found == {
         "a": reference.compare(stock, stock, truth, score=score, text_only=text_only),
         "b": reference.compare(stock * 1.01, stock, truth, score=score, text_only=text_only),
