@@ -1,4 +1,4 @@
-"""Image prompts (IP-Adapters) in diffusers at no cost: `ipa_kernels.enable(pipe)`.
+"""IP-Adapters (image prompts) in diffusers as one fused Triton kernel per attention layer: `ipa_kernels.enable(pipe)`.
 
 Importing this package does nothing: no device query, no import of triton or diffusers. A name is loaded when it is used.
 """

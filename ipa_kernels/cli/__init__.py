@@ -67,7 +67,7 @@ def _fail(command: str, message: str) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="ipa-kernels", description="Image prompts (IP-Adapters) in diffusers at no cost.")
+    parser = Parser(prog="ipa-kernels", description="IP-Adapters (image prompts) in diffusers, one kernel per attention layer.")
     parser.add_argument("--version", action="version", version=f"ipa-kernels {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in _COMMANDS:
