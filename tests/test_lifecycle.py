@@ -395,7 +395,7 @@ def test_each_reason_for_stock_is_told_once_with_what_would_lift_it(reason: str)
     prepare(pipe)
     expected = run(pipe, control)
     ipa_kernels.enable(pipe)
-    with pytest.warns(FallbackWarning, match=f"diffusers' own code runs instead of the kernel: {reason}: ") as caught:
+    with pytest.warns(FallbackWarning, match=f"diffusers' own code runs instead. Why: {reason}: ") as caught:
         actual = run(pipe, control)
     assert same(actual, expected)
     (told,) = (str(warning.message) for warning in caught if reason in str(warning.message))
