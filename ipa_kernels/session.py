@@ -99,7 +99,7 @@ def is_recorded(session: Session) -> bool:
 
 
 def _frames_below_the_user() -> int:
-    """How many frames, from the caller's on, are not the user's. Python 3.11 has no `skip_file_prefixes`."""
+    """How many frames in a row, from the caller's on, are not the user's. Python 3.11 has no `skip_file_prefixes`."""
     frame: FrameType | None = sys._getframe(1)
     count = 0
     while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _NOT_THE_USERS:

@@ -377,7 +377,7 @@ def test_broken_pipelines(fail: Any, weights: Path) -> None:
 @needs_no_gpu
 def test_no_gpu(fail: Any) -> None:
     assert "--device cuda: not available here" in fail("--device", "cuda")
-    reason = "Triton's interpreter multiplies its bit patterns; use float32 or float16 there"
+    reason = "Triton's interpreter computes bfloat16 wrongly; use float32 or float16 there"
     assert f"--dtype bfloat16: dtype torch.bfloat16: {reason}; or --impl eager" in fail("--dtype", "bfloat16")
     assert f"--impl triton: the kernel does not run here: dtype torch.bfloat16: {reason}" in fail(
         "--dtype", "bfloat16", "--impl", "triton"

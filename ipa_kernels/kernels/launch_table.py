@@ -142,7 +142,7 @@ def refusal(arch: str, bits: int, head_dim: int, image_keys: int = 0) -> str | N
     fitting = [row.config for row in rows if head_dim in row.head_dims]
     if not fitting:
         limit = max((row.head_dims[-1] for row in rows), default=0)
-        return f"head dim {head_dim}: above {limit} the kernel spills registers on {arch}"
+        return f"head dim {head_dim}: the launch table ends at {limit} on {arch}, in {bits} bits"
     limit = min(config.max_image_keys for config in fitting)
     if image_keys > limit:
         return f"{image_keys} image keys: above {limit} the kernel spills registers on {arch} at head dim {head_dim}"
