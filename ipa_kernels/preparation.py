@@ -79,12 +79,11 @@ def _check_names(pipe: Any, arguments: dict[str, Any]) -> None:
 def _fill(state: Any, unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
     """New buffers, or those that are there with new contents; then the kernels."""
     watch = watch_module()
-    inputs = watch.Inputs.of(steps.named(given, options))
-    if inputs is None:
-        raise ValueError(
-            "arguments: expected an ip_adapter_image for each adapter, and no scale of LoRAs in cross_attention_kwargs "
-            "(set_adapters sets it to stay); the UNet was given something else"
-        )
+    step = steps.named(given, options)
+    refused = watch.Inputs.refusal(step)
+    if refused is not None:
+        raise ValueError(refused)
+    inputs = watch.Inputs.of(step)
     state.turn.take()
     try:
         buffers = state.buffers
