@@ -42,6 +42,7 @@ def graphed(target: Any) -> Report:
     Raises:
         TypeError: a target of a kind that is not known.
         ValueError: the UNet is offloaded or has another `forward` of its own: its weights do not stay where a graph reads them.
+        ImportError: diffusers cannot be imported.
     """
     unet = unet_of(target)
     watch = watch_module()

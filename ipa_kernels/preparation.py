@@ -37,7 +37,10 @@ def prepare(pipe: Any, **arguments: Any) -> Report:
     Raises:
         TypeError: `pipe` is not a pipeline, or an argument is none of the pipeline's.
         ValueError: no IP-Adapter is loaded; an argument does not fit the buffers of an earlier call (`clear_cache` drops those,
-            graphs are then compiled anew); or what the pipeline itself raises.
+            graphs are then compiled anew), or is none that can be prepared; a UNet with hooks around its layers.
+        RuntimeError: the pipeline runs no step with these arguments.
+        ImportError: diffusers cannot be imported.
+        Also what the pipeline itself raises.
 
     Whatever is raised, buffers that were there before are as they were.
     """

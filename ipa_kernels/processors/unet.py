@@ -1,4 +1,4 @@
-"""UNets: the three IP-Adapter processors of diffusers 0.42 (`diffusers/models/attention_processor.py`).
+"""UNets: the three IP-Adapter processors of diffusers 0.35.2 to 0.42.1 (`models/attention_processor.py`).
 
 A processor is taken over by changing its class to a subclass that adds no parameter: it stays the same object with the same
 weights, and giving the class back undoes it. What a subclass cannot do exactly it hands to the class that it came from.
