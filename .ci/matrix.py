@@ -1,6 +1,6 @@
 """Run the tests with other versions of what this package stands on: one corner of the matrix, in an environment of its own.
 
-    python .ci/matrix.py CORNER [--all] [TEST ...]      make matrix CORNER=oldest [ALL=1] [PYTHON=python3.12]
+    python .ci/matrix.py CORNER [--all] [TEST ...]      make matrix CORNER=oldest [TESTS=--all] [PYTHON=python3.12]
 
 Without TEST, those that touch every library at every seam run (minutes on one core); --all runs what `make test` runs. The
 environment is made anew, in .venv-CORNER, from constraints.txt with the versions below in place of its own. docs/versions.md

@@ -1,7 +1,7 @@
 """The real shapes by name: one table for tests, benchmarks and ahead-of-time compilation. torch only.
 
-Every case is one cross-attention layer with classifier-free guidance (batch 2). The shapes are those of the UNets of
-diffusers at the resolution in the name; the largest layers are the ones that cost time.
+Every case is one cross-attention layer with classifier-free guidance (batch 2). The shapes are those of diffusers'
+UNets, in one case of its HunyuanDiT, at the resolution in the name; the largest layers are the ones that cost time.
 """
 
 from dataclasses import dataclass, replace

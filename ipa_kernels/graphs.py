@@ -42,6 +42,7 @@ def graphed(target: Any) -> Report:
     Raises:
         TypeError: a target of a kind that is not known.
         ValueError: the UNet is offloaded or has another `forward` of its own: its weights do not stay where a graph reads them.
+        ImportError: diffusers cannot be imported.
     """
     unet = unet_of(target)
     watch = watch_module()
@@ -126,7 +127,7 @@ class Graphs:
         if entry is not None and not entry.addresses_are_still(state):
             del self._captured[key]
             entry = None
-            self.reason = "weights, modules or buffers are others than when the graph was captured: it is captured anew"
+            self.reason = "weights, modules or buffers have changed since the graph was captured: it is captured anew"
         if entry is None:
             return self._first_or_second(state, unet, run, arguments, options, key, leaves, structure)
         for own, given in zip(entry.inputs, filter(_is_tensor, leaves), strict=True):
@@ -135,7 +136,7 @@ class Graphs:
         # while the GPU works: everything that Python passed on when the graph was captured
         if not entry.fingerprint.is_still():
             del self._captured[key]
-            self.reason = "settings of a module are others than when the graph was captured: it is captured anew"
+            self.reason = "settings of a module have changed since the graph was captured: it is captured anew"
             return run(*arguments, **options)
         self.replays += 1
         return pytree.tree_map_only(Tensor, torch.clone, entry.outputs)
@@ -165,7 +166,7 @@ class Graphs:
                 return run(*arguments, **options)
         place = hooked(unet)
         if place is not None:
-            self.reason = f"hooks on {place}: a replay would not run them; removing them lifts this"
+            self.reason = f"hooks on {place}: a replay would not run them; remove them"
             return run(*arguments, **options)
         with torch.inference_mode(False):
             # those that are made in inference mode could not be written to outside
@@ -218,11 +219,11 @@ def _reason(state: Any, unet: Any, arguments: tuple[Any, ...], options: dict[str
     if not isinstance(sample, Tensor) or not is_supported(sample.device):
         return f"device {getattr(sample, 'device', None)}: CUDA graphs need a CUDA GPU"
     if torch.is_grad_enabled():
-        return "gradients: torch.no_grad() lifts this"
+        return "gradients: a step that is differentiated is not captured; use torch.no_grad()"
     if torch.compiler.is_compiling() or unet._compiled_call_impl is not None:
         return "torch.compile: a compiled UNet is captured by mode='reduce-overhead'"
     if len(arguments) > 3:
-        return "more than three positional arguments of the UNet: keywords lift this"
+        return "more than three positional arguments of the UNet: such steps are not captured; pass keywords"
     if not all(layer.table.is_data for layer in state.layers()):
         return "adapter scales that are not numbers, or do not fit the masks: such steps are not captured"
     if not state.session.is_prepared:

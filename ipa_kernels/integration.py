@@ -47,7 +47,7 @@ def enable(target: Any, *, impl: str = "auto", cache: bool = True) -> Report:
     unet = unet_of(target)
     if os.environ.get(OFF) == "1":
         report = explain(target)
-        report.note = f"{OFF}=1 in the environment: enable did nothing; unsetting it lifts this"
+        report.note = f"{OFF}=1 in the environment: enable did nothing; unset it"
         return report
     watch = watch_module()
     with watch.SWITCH:
@@ -163,13 +163,13 @@ def _report(unet: Any, target: str) -> Report:
     impl = state.session.impl if state is not None else "auto"
     device, dtype = _execution_device(unet), unet.dtype
     layers = []
-    switch = f"unsetting {OFF}" if os.environ.get(OFF) == "1" else "ipa_kernels.enable"
+    switch = f"unset {OFF}" if os.environ.get(OFF) == "1" else "call ipa_kernels.enable"
     for name, attention in watch.places.adapter_layers(unet):
         processor = attention.processor
         planned, reasons = families.layer_plan(attention, processor, impl, device, dtype)
         layer = vars(processor).get("_ipa_layer")
         if state is None:
-            layers.append(LayerReport(name, "stock", None, f"not enabled: {switch} lifts this", 0))
+            layers.append(LayerReport(name, "stock", None, f"not enabled: {switch}", 0))
         elif type(processor) in families.FUSED:
             waiting = "loaded since: taken over by the next step that is not compiled, until then stock"
             layers.append(LayerReport(name, planned, None, "; ".join([waiting, *reasons]), 0))
@@ -207,7 +207,8 @@ def _families() -> ModuleType:
         from .processors import unet
     except ImportError as error:
         raise ImportError(
-            f"diffusers: cannot be imported; pip install 'ipa-kernels[diffusers]' lifts this ({error})"
+            f"diffusers: cannot be imported ({error}); it is missing, broken or older than 0.35.2, the oldest that was run: "
+            "pip install 'ipa-kernels[diffusers]' installs or upgrades it"
         ) from error
     return unet
 

@@ -37,7 +37,10 @@ def prepare(pipe: Any, **arguments: Any) -> Report:
     Raises:
         TypeError: `pipe` is not a pipeline, or an argument is none of the pipeline's.
         ValueError: no IP-Adapter is loaded; an argument does not fit the buffers of an earlier call (`clear_cache` drops those,
-            graphs are then compiled anew); or what the pipeline itself raises.
+            graphs are then compiled anew), or is none that can be prepared; a UNet with hooks around its layers.
+        RuntimeError: the pipeline runs no step with these arguments.
+        ImportError: diffusers cannot be imported.
+        Also what the pipeline itself raises.
 
     Whatever is raised, buffers that were there before are as they were.
     """
@@ -79,12 +82,11 @@ def _check_names(pipe: Any, arguments: dict[str, Any]) -> None:
 def _fill(state: Any, unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
     """New buffers, or those that are there with new contents; then the kernels."""
     watch = watch_module()
-    inputs = watch.Inputs.of(steps.named(given, options))
-    if inputs is None:
-        raise ValueError(
-            "arguments: expected an ip_adapter_image for each adapter, and no scale of LoRAs in cross_attention_kwargs "
-            "(set_adapters sets it to stay); the UNet was given something else"
-        )
+    step = steps.named(given, options)
+    refused = watch.Inputs.refusal(step)
+    if refused is not None:
+        raise ValueError(refused)
+    inputs = watch.Inputs.of(step)
     state.turn.take()
     try:
         buffers = state.buffers

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class FallbackWarning(UserWarning):
-    """Something ran without the kernel; the text says what, why, and what would lift it. Once for each reason."""
+    """Something ran without the kernel; the text says what, why, and what to do. Once for each reason."""
 
 
 class CacheReport(NamedTuple):

@@ -1,8 +1,10 @@
 """What an enabled UNet and its processors remember. None of it is a parameter; a copy or a pickle keeps the options alone."""
 
 import re
+import sys
 import warnings
 import weakref
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +13,9 @@ from torch import Tensor
 from .conditioning import Memory
 from .report import FallbackWarning
 from .scales import Table
+
+_NOT_THE_USERS = {"ipa_kernels", "diffusers", "torch", "accelerate", "contextlib"}
+"""What stands between a call of the user's and a layer: these packages, and what runs the start of a with-block."""
 
 
 class Session:
@@ -32,11 +37,16 @@ class Session:
         self.taken: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     def warn_once(self, reason: str, instead: str) -> None:
-        """Warn that `instead` runs, the first time for this reason; with other numbers in it, it is the same reason."""
+        """Warn at the user's call that `instead` runs, the first time for this reason; with other numbers it is the same."""
         kind = re.sub(r"\[[^][]*\]|[-+.\d]+", "", reason)
         if kind not in self.warned:
             self.warned.add(kind)
-            warnings.warn(f"ipa_kernels: {instead} instead of the kernel: {reason}", FallbackWarning, stacklevel=2)
+            warnings.warn(
+                f"ipa_kernels: the kernel is not used in some or all layers; {instead}. Why: {reason}. "
+                "print(ipa_kernels.explain(pipe)) lists all layers.",
+                FallbackWarning,
+                stacklevel=1 + _frames_below_the_user(),
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Session, (self.impl, self.cache)
@@ -76,10 +86,23 @@ class Layer:
         if self.session.impl == "auto":
             for reason in reasons:
                 self.session.warn_once(
-                    reason, "eager attention, whose result is stock's, runs" if impl == "eager" else "diffusers' own code runs"
+                    reason,
+                    "eager attention runs instead, with stock's result"
+                    if impl == "eager"
+                    else "diffusers' own code runs instead",
                 )
 
 
 def is_recorded(session: Session) -> bool:
     """Whether a call is recorded, by a compiler or for a CUDA graph, to be run again with other data."""
     return torch.compiler.is_compiling() or session.is_captured
+
+
+def _frames_below_the_user() -> int:
+    """How many frames in a row, from the caller's on, are not the user's. Python 3.11 has no `skip_file_prefixes`."""
+    frame: FrameType | None = sys._getframe(1)
+    count = 0
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _NOT_THE_USERS:
+        frame = frame.f_back
+        count += 1
+    return count

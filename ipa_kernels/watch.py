@@ -236,7 +236,7 @@ class Watch:
             if session.impl == "triton":
                 raise UnsupportedError(f'{name}: impl="triton" cannot run this layer: {foreign}')
             if session.impl == "auto":
-                session.warn_once(foreign, "its own code runs")
+                session.warn_once(foreign, "the processor's own code runs instead")
 
     def give_back(self, unet: nn.Module) -> None:
         """Undo every `take_over`, of what is installed and of what was put aside."""

@@ -211,5 +211,5 @@ def test_transforms_of_torch_func_are_a_reason() -> None:
 def test_bfloat16_is_refused_by_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "INTERPRETED", True)
     query = tensor(2, 3, 5, 8, dtype=torch.bfloat16)
-    with pytest.raises(UnsupportedError, match="interpreter multiplies its bit patterns"):
+    with pytest.raises(UnsupportedError, match="interpreter computes bfloat16 wrongly"):
         decoupled_attention(query, query, query, (), (), impl="triton")

@@ -165,9 +165,9 @@ def test_broken_adapters(fail: Fail, weights: Path, tmp_path: Path) -> None:
 def test_broken_options(fail: Fail) -> None:
     assert "--dtype: invalid choice: 'float99'" in fail("--dtype", "float99")
     assert "--steps" in fail("--steps", "1")
-    assert "--steps 2000: the model's scheduler has 1000" in fail("--steps", "2000", "--device", "cpu")
-    assert "--device toaster" in fail("--device", "toaster")
-    assert "--device meta" in fail("--device", "meta")
+    assert "--steps 2000: the scheduler has only 1000 steps; use fewer" in fail("--steps", "2000", "--device", "cpu")
+    assert "--device toaster: not available here; torch has cpu" in fail("--device", "toaster")
+    assert "--device meta: not available here; torch has cpu" in fail("--device", "meta")
     assert "--output no/demo.png" in fail("--output", "no/demo.png")
     assert "--no-such-option" in fail("--no-such-option")
 

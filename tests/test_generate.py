@@ -219,13 +219,13 @@ def test_broken_options(fail: Mistake) -> None:
     assert "--height: needs a multiple of 8" in fail(*image, "--height", 0)
     assert "--steps: needs a whole number from 1 up" in fail(*image, "--steps", 0)
     assert "--seed: needs a whole number from 0" in fail(*image, "--seed", -1)
-    assert "--scale: needs a number, got 'nan'" in fail(*image, "--scale", "nan")
+    assert "--scale: needs a finite number, got 'nan'" in fail(*image, "--scale", "nan")
     assert "--device toaster" in fail(*image, "--device", "toaster")
     assert "--offload model: moves models between a GPU" in fail(*image, "--offload", "model")
     assert "--output gone/x.png: needs the name of a .png file in a folder" in fail(*image, "--output", "gone/x.png")
     assert "--output x.jpg: needs" in fail(*image, "--output", "x.jpg")
     assert "--output: a.png would replace another file" in fail(*image, "--output", "./a.png")
-    assert "--steps 2000: the model's scheduler has 1000" in fail(*image, "--steps", 2000)
+    assert "--steps 2000: the scheduler has only 1000 steps; use fewer" in fail(*image, "--steps", 2000)
 
 
 def test_not_enough_memory(fail: Mistake, monkeypatch: pytest.MonkeyPatch) -> None:

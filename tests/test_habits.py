@@ -30,6 +30,8 @@ def test_the_floors_are_the_oldest_versions_that_are_run(matrix: ModuleType) -> 
     floors = dict(line.partition(";")[0].split(">=") for line in required if ">=" in line)
     oldest = matrix.CORNERS["oldest"].versions
     assert {package: oldest[package].removesuffix(".0") for package in floors} == floors
+    told = (HOUSE / "ipa_kernels" / "integration.py").read_text()
+    assert f"older than {floors['diffusers']}, the oldest that was run" in told
 
 
 def test_the_constraints_of_a_corner(matrix: ModuleType) -> None:

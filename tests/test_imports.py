@@ -76,7 +76,7 @@ def test_the_op_works_with_torch_alone_and_names_what_the_kernel_lacks() -> None
         try:
             ipa_kernels.decoupled_attention(q, q, q, [q], [q], impl="triton")
         except ipa_kernels.UnsupportedError as error:
-            assert "triton: cannot be imported; install ipa-kernels[triton]" in str(error)
+            assert "triton: cannot be imported, so there is no kernel" in str(error)
             assert "device cpu" in str(error)
         else:
             raise AssertionError
@@ -95,6 +95,7 @@ def test_without_diffusers_the_switch_names_the_extra(function: str) -> None:
             ipa_kernels.{function}(torch.nn.Linear(2, 2))
         except ImportError as error:
             assert "pip install 'ipa-kernels[diffusers]'" in str(error)
+            assert "cannot be imported (No module named 'diffusers" in str(error), str(error)
         else:
             raise AssertionError
         """,
@@ -131,7 +132,7 @@ def test_auto_never_chooses_the_interpreter_and_triton_demands_it() -> None:
         try:
             ipa_kernels.decoupled_attention(q, q, q, [q], [q], impl="triton")
         except ipa_kernels.UnsupportedError as error:
-            assert "TRITON_INTERPRET=1" in str(error)
+            assert "device cpu: the kernel needs a GPU" in str(error)
         else:
             raise AssertionError
         """

@@ -3,9 +3,11 @@
 import copy
 import gc
 import json
+import linecache
 import pickle
 import warnings
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from ipa_kernels.kernels import launch as kernel
 from ipa_kernels.report import FallbackWarning
 
 from .zoo.adapters import load
-from .zoo.generate import generate, traces
+from .zoo.generate import arguments, generate, traces
 from .zoo.pipelines import build
 
 
@@ -319,9 +321,8 @@ def test_the_report_is_readable_and_ready_for_json() -> None:
 def test_each_reason_warns_once() -> None:
     pipe = build("sd", ("base",))
     ipa_kernels.enable(pipe)
-    with pytest.warns(
-        FallbackWarning, match="eager attention, whose result is stock.s, runs instead of the kernel: "
-    ) as caught:
+    told = "not used in some or all layers; eager attention runs instead, with stock's result. Why: "
+    with pytest.warns(FallbackWarning, match=told) as caught:
         generate(pipe, ("base",))
     assert len(caught) == 1
     with warnings.catch_warnings():
@@ -329,6 +330,32 @@ def test_each_reason_warns_once() -> None:
         generate(pipe, ("base",))
         with ipa_kernels.accelerated(build("sd", ("base",)), impl="eager"):
             generate(pipe, ("base",))
+
+
+def enable_with_a_foreign_processor(pipe: object) -> None:
+    attention = pipe.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2")
+    attention.set_processor(AttnProcessor2_0())
+    with ipa_kernels.accelerated(pipe):
+        pass
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda pipe: pipe(**arguments(pipe, ("base",))),
+        lambda pipe: forward(pipe.unet),
+        enable_with_a_foreign_processor,
+    ],
+    ids=["pipeline", "UNet", "with-block"],
+)
+def test_a_warning_points_at_the_line_that_called(call: Callable[[object], object]) -> None:
+    pipe = build("sd", ("base",))
+    ipa_kernels.enable(pipe)
+    with pytest.warns(FallbackWarning) as caught:
+        call(pipe)
+    line = linecache.getline(caught[0].filename, caught[0].lineno)
+    assert caught[0].filename == __file__
+    assert any(words in line for words in ("pipe(**arguments", "return unet(latents", "with ipa_kernels.accelerated"))
 
 
 def test_values_in_a_reason_do_not_make_it_another_one() -> None:

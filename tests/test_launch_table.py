@@ -146,7 +146,8 @@ def test_a_shape_is_either_found_or_refused(arch: str, bits: int) -> None:
 
 def test_refusals_say_why() -> None:
     assert "sm_75: not in the launch table (sm_80" in (launch_table.refusal("sm_75", 16, 64) or "")
-    assert "head dim 256: above 160 the kernel spills registers on sm_80" in (launch_table.refusal("sm_80", 16, 256) or "")
+    assert launch_table.refusal("sm_80", 16, 168) == "head dim 168: the launch table ends at 160 on sm_80, in 16 bits"
+    assert launch_table.refusal("gfx1100", 16, 104) == "head dim 104: the launch table ends at 96 on gfx1100, in 16 bits"
 
 
 def test_refusals_of_the_backward_say_what_there_is() -> None:
@@ -172,7 +173,7 @@ def test_what_a_gpu_is_given(on_sm_90: torch.device, monkeypatch: pytest.MonkeyP
     assert support.launch_config(on_sm_90, torch.float16, 64, 64).block_m == 64
     assert support.layer_reasons(on_sm_90, torch.float32, 64) == []
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="ieee"))
-    assert "fp32_precision = 'tf32' lifts this" in support.automatic_reasons(on_sm_90, torch.float32)[0]
+    assert "; set torch.backends.cuda.matmul.fp32_precision = 'tf32'" in support.automatic_reasons(on_sm_90, torch.float32)[0]
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
     assert support.automatic_reasons(on_sm_90, torch.float32) == []
     assert support.allows_tf32(on_sm_90)

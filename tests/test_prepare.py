@@ -1,6 +1,7 @@
 """`prepare`: buffers that graphs read, filled with what a step is given, or not read."""
 
 import copy
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from ipa_kernels import steps, watch
 
 from .test_compiled import MASKED, PLAIN, as_stock, whole
 from .zoo.adapters import load
-from .zoo.controls import Control
+from .zoo.controls import Control, binary
 from .zoo.generate import arguments, generate
 from .zoo.pipelines import build
 
@@ -153,6 +154,23 @@ def test_what_does_not_fit_is_an_error_that_changes_nothing(control: Control, me
     assert all(map(torch.equal, before, [tensor for held in buffers(pipe)._held for tensor in held.keys]))
     ipa_kernels.clear_cache(pipe)
     assert prepare(pipe, control=control).prepared > 0
+
+
+@pytest.mark.parametrize(
+    ("names", "masks", "message"),
+    [
+        ((), None, "ip_adapter_image: expected one for each adapter, or ip_adapter_image_embeds, got none"),
+        (BOTH, binary(), "ip_adapter_masks: expected a list with an entry for each of the 2 adapters, got Tensor"),
+        (BOTH, [None], "ip_adapter_masks: expected a list with an entry for each of the 2 adapters, got a list of 1"),
+        (BOTH, [None, torch.ones(8, 8)], "ip_adapter_masks: expected a tensor [1, images, height, width] or None for each "
+         "adapter, got [8, 8]"),
+    ],
+    ids=["images", "one tensor", "too few", "dimensions"],
+)  # fmt: skip
+def test_what_cannot_be_prepared_is_named(names: tuple[str, ...], masks: Any, message: str) -> None:
+    pipe, _ = pair()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prepare(pipe, names, Control(masks=lambda n, rows: masks) if masks is not None else None)
 
 
 def test_wrong_targets_and_arguments() -> None:
@@ -315,6 +333,8 @@ def test_the_scale_of_loras() -> None:
     for scale in (1.0, 0.4, 0.0):
         found, expected = (step_with_loras(pipe, scale) for pipe in (compiled, twin))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    told = "cross_attention_kwargs: expected no scale of LoRAs, got 0.4; use pipe.set_adapters(name, strength)"
+    assert watch.Inputs.refusal({"cross_attention_kwargs": {"scale": 0.4}}) == told
 
 
 def test_an_attention_that_was_exchanged() -> None:

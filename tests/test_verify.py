@@ -354,7 +354,9 @@ def test_broken_options(fail: Any, tmp_path: Path) -> None:
     near = fail("--case", "sdxl_1024_64x64_tree")
     assert "--case sdxl_1024_64x64_tree: there is no such case; near it: sdxl_1024_64x64_three" in near
     assert "near it: hunyuandit_1024" in fail("--case", "dit")
-    assert ", hunyuandit_1024" in fail("--case", "?")
+    none = fail("--case", "?")
+    assert "--case ?: there is no such case; the cases are: sd15_512_head40, " in none
+    assert ", hunyuandit_1024" in none
     assert "--seed: needs a whole number" in fail("--seed", "-1")
     assert "--dtype: invalid choice: 'float99'" in fail("--dtype", "float16", "float99")
     assert "--impl: invalid choice: 'auto'" in fail("--impl", "auto")
@@ -377,7 +379,7 @@ def test_broken_pipelines(fail: Any, weights: Path) -> None:
 @needs_no_gpu
 def test_no_gpu(fail: Any) -> None:
     assert "--device cuda: not available here" in fail("--device", "cuda")
-    reason = "Triton's interpreter multiplies its bit patterns; use float32 or float16 there"
+    reason = "Triton's interpreter computes bfloat16 wrongly; use float32 or float16 there"
     assert f"--dtype bfloat16: dtype torch.bfloat16: {reason}; or --impl eager" in fail("--dtype", "bfloat16")
     assert f"--impl triton: the kernel does not run here: dtype torch.bfloat16: {reason}" in fail(
         "--dtype", "bfloat16", "--impl", "triton"

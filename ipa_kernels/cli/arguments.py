@@ -96,5 +96,5 @@ def finite(text: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"needs a number, got {text!r}")
+        raise argparse.ArgumentTypeError(f"needs a finite number, got {text!r}")
     return number

@@ -18,7 +18,9 @@ def add(commands: Any) -> None:
         "not verified because it does not run here. Exit status: 0 all within the rule, 1 not, 2 a mistake in the options.",
     )
     cases = verify.add_argument_group("named cases")
-    cases.add_argument("--case", metavar="NAME", nargs="+", help="only these (default: all; a wrong name lists near ones)")
+    cases.add_argument(
+        "--case", metavar="NAME", nargs="+", help="only these (default: all; a wrong name lists near ones, or all)"
+    )
     cases.add_argument(
         "--quick", action="store_true", help="two heads and at most 99 queries of each; always so in Triton's interpreter"
     )

@@ -43,9 +43,9 @@ def run(options: Options) -> int:
     options name something that does not work, and where no UNet fits into memory.
     """
     output, file = writable(options.output), json_file(options.json)
+    if (options.device or "cpu").partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"--device {options.device}: needs cpu or cuda; of another device it is not known when a step is done")
     device = available_device(options.device)
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {device}: needs cpu or cuda; of another device it is not known when a step is done")
     check_switch()
     check_overwriting([output], [options.json])
     names = _names(options, device)

@@ -93,7 +93,7 @@ def _check_steps(request: Request) -> None:
     """Raises UserError for more steps than the scheduler was trained with: each scheduler has an error of its own for that."""
     most = getattr(request.pipe.scheduler.config, "num_train_timesteps", None)
     if most is not None and request.steps > most:
-        raise UserError(f"--steps {request.steps}: the model's scheduler has {most}")
+        raise UserError(f"--steps {request.steps}: the scheduler has only {most} steps; use fewer")
 
 
 def _stock(request: Request, *, warm_up: bool = False) -> Result:

@@ -13,6 +13,11 @@ from .errors import UserError, why
 def available_device(device: str | None) -> torch.device:
     """The device, after one number has been there and back."""
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    kinds = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    # of a GPU that cannot be used, torch's own words say why
+    if name.partition(":")[0] not in (*kinds, "cuda"):
+        raise UserError(f"--device {name}: not available here; torch has {' and '.join(kinds)}")
     try:
         torch.zeros(1, device=name).item()
         return torch.device(name)

@@ -20,7 +20,9 @@ def chosen(names: Sequence[str] | None) -> list[Case]:
     """The cases of --case, or all. Raises UserError for a name that there is not."""
     for name in names or ():
         if name not in CASES:
-            near = difflib.get_close_matches(name, CASES, n=3) or [known for known in CASES if name in known] or CASES
+            near = difflib.get_close_matches(name, CASES, n=3) or [known for known in CASES if name in known]
+            if not near:
+                raise UserError(f"--case {name}: there is no such case; the cases are: {', '.join(CASES)}")
             raise UserError(f"--case {name}: there is no such case; near it: {', '.join(near)}")
     return [CASES[name] for name in dict.fromkeys(names or CASES)]
 

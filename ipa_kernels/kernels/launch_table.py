@@ -1,8 +1,8 @@
 """Launch parameters as data: which block sizes run where, and what is refused. No triton, no torch, no autotuner.
 
 Every row is compiled for its architectures without a GPU, at every head dim and at the lengths that need the most registers
-(`python -m benchmarks.compile_report`): no spills, shared memory within the device's limit, 16 bytes per load and store; see
-docs/decisions/0002-launch-table.md. No row has been timed on a GPU yet.
+(`python -m benchmarks.compile_report`): shared memory within the device's limit, and in 16 bits no spills and 16 bytes per load
+and store; float32 in TF32 spills from head dim 80 on. See docs/decisions/0002-launch-table.md. No row has been timed yet.
 """
 
 from collections.abc import Sequence
@@ -142,7 +142,7 @@ def refusal(arch: str, bits: int, head_dim: int, image_keys: int = 0) -> str | N
     fitting = [row.config for row in rows if head_dim in row.head_dims]
     if not fitting:
         limit = max((row.head_dims[-1] for row in rows), default=0)
-        return f"head dim {head_dim}: above {limit} the kernel spills registers on {arch}"
+        return f"head dim {head_dim}: the launch table ends at {limit} on {arch}, in {bits} bits"
     limit = min(config.max_image_keys for config in fitting)
     if image_keys > limit:
         return f"{image_keys} image keys: above {limit} the kernel spills registers on {arch} at head dim {head_dim}"

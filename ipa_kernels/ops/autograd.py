@@ -95,9 +95,7 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         """Raises."""
-        raise UnsupportedError(
-            'double backward: the kernel\'s gradients have no gradient of their own; impl="eager" lifts this'
-        )
+        raise UnsupportedError('double backward: the kernel\'s gradients have no gradient of their own; use impl="eager"')
 
 
 def _gradients(

@@ -30,7 +30,7 @@ def _settled_when_traced(function: F) -> F:
 _BITS = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32}
 
 
-_BIAS = "attn_mask: the kernel takes no bias on the text branch; leaving it out lifts this"
+_BIAS = "attn_mask: the kernel takes no bias on the text branch; leave it out if it is all zeros"
 
 
 @functools.cache
@@ -92,17 +92,19 @@ def layer_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> li
     kernel = kernel_module()
     reasons = []
     if kernel is None:
-        reasons.append("triton: cannot be imported; install ipa-kernels[triton] (ipa-kernels doctor says why)")
+        reasons.append(
+            "triton: cannot be imported, so there is no kernel (ipa-kernels doctor says why); "
+            "pip install 'ipa-kernels[triton]', which installs it on Linux alone"
+        )
     interpreted = kernel is not None and kernel.INTERPRETED
     if device.type not in ("cpu", "cuda"):
-        reasons.append(f"device {device}: the kernel runs on CUDA and ROCm GPUs; moving model and inputs to one lifts this")
+        reasons.append(f"device {device}: the kernel runs on CUDA and ROCm GPUs; move the pipeline or the tensors to one")
     elif device.type == "cpu" and not interpreted:
-        debug = "TRITON_INTERPRET=1, set before the import, debugs it on the CPU"
-        reasons.append(f"device cpu: the kernel needs a GPU; moving model and inputs to one lifts this ({debug})")
+        reasons.append("device cpu: the kernel needs a GPU; move the pipeline or the tensors to one, .to('cuda')")
     if interpreted and dtype == torch.bfloat16:
-        reasons.append("dtype torch.bfloat16: Triton's interpreter multiplies its bit patterns; use float32 or float16 there")
+        reasons.append("dtype torch.bfloat16: Triton's interpreter computes bfloat16 wrongly; use float32 or float16 there")
     if dtype not in _BITS:
-        reasons.append(f"dtype {dtype}: the kernel computes in float16, bfloat16 and float32; one of these lifts this")
+        reasons.append(f"dtype {dtype}: the kernel computes in float16, bfloat16 and float32; use one of these")
     if head_dim % 8 or head_dim > launch_table.LARGEST_HEAD_DIM:
         reasons.append(f"head dim {head_dim}: the kernel needs a multiple of 8 up to {launch_table.LARGEST_HEAD_DIM}")
     elif device.type == "cuda" and not interpreted and dtype in _BITS:
@@ -120,9 +122,9 @@ def automatic_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     if device.type == "cuda" and dtype == torch.float32 and not allows_tf32(device):
         arch = architecture(device)
         if arch not in launch_table.TF32:
-            return [f"dtype torch.float32: no tensor cores for it on {arch}; float16 or bfloat16 lifts this"]
+            return [f"dtype torch.float32: no tensor cores for it on {arch}; use float16 or bfloat16"]
         switch = "torch.backends.cuda.matmul.fp32_precision = 'tf32'"
-        return [f"dtype torch.float32: no tensor cores in IEEE precision; {switch} lifts this"]
+        return [f"dtype torch.float32: no tensor cores in IEEE precision; set {switch}"]
     return []
 
 
@@ -163,23 +165,21 @@ def call_reasons(problem: Problem) -> list[str]:
     if not 1e-30 < problem.softmax_scale < 1e30:
         reasons.append(f"scale {problem.softmax_scale}: the kernel needs a positive softmax scale within float32")
     if query.shape[0] > 65535:
-        reasons.append(f"batch {query.shape[0]}: a GPU grid ends at 65535; smaller batches lift this")
+        reasons.append(f"batch {query.shape[0]}: a GPU grid ends at 65535; use smaller batches")
     if needs_gradient(problem):
         reasons += gradient_reasons(query.device, query.dtype, query.shape[3], image_keys)
     if torch.autograd.forward_ad._current_level >= 0:
-        reasons.append("forward-mode differentiation: the kernel has no tangents; leaving its dual level lifts this")
+        reasons.append("forward-mode differentiation: the kernel has no tangents; call it outside of the dual level")
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        reasons.append("torch.func: the kernel has no rules for its transforms; calling it outside of them lifts this")
+        reasons.append("torch.func: the kernel has no rules for its transforms; call it outside of them")
     for name, tensor in _named(problem):
         if tensor.shape[3] > 1 and tensor.stride(3) != 1:
-            reasons.append(
-                f"{name} strides {tuple(tensor.stride())}: the kernel needs a last stride of 1; contiguous() lifts this"
-            )
+            reasons.append(f"{name} strides {tuple(tensor.stride())}: the kernel needs a last stride of 1; use .contiguous()")
     weights = [("image_scales", problem.scales)] if isinstance(problem.scales, Tensor) else []
     weights += [(f"image_masks[{i}]", mask) for i, mask in enumerate(problem.masks) if mask is not None]
     for name, tensor in (*_named(problem), *weights):
         if tensor.is_neg():
-            reasons.append(f"{name}: a lazily negated view; resolve_neg() lifts this")
+            reasons.append(f"{name}: a lazily negated view; use .resolve_neg()")
     return reasons
 
 
@@ -209,7 +209,7 @@ def gradient_reasons(device: torch.device, dtype: torch.dtype, head_dim: int, im
     if device.type != "cuda" or dtype not in _BITS or (kernel is not None and kernel.INTERPRETED):
         return []
     reason = launch_table_backward.refusal(architecture(device), _BITS[dtype], head_dim, image_keys)
-    return [] if reason is None else [f'gradient: {reason}; torch.no_grad() or impl="eager" lifts this']
+    return [] if reason is None else [f'gradient: {reason}; use torch.no_grad() if none is needed, else impl="eager"']
 
 
 def _named(problem: Problem) -> list[tuple[str, Tensor]]:

@@ -32,27 +32,40 @@ class Inputs(NamedTuple):
 
     @classmethod
     def of(cls, named: dict[str, Any]) -> "Inputs | None":
-        """From the arguments of a UNet's forward by name; None where they are not of the usual kind."""
-        text, sample = named.get("encoder_hidden_states"), named.get("sample")
-        images = (named.get("added_cond_kwargs") or {}).get("image_embeds")
-        options = named.get("cross_attention_kwargs") or {}
-        masks = options.get("ip_adapter_masks")
-        if options.get("scale") not in (None, 1):
+        """From the arguments of a UNet's forward by name; None where there is a `refusal`."""
+        return None if cls.refusal(named) is not None else cls(*_read(named))
+
+    @staticmethod
+    def refusal(named: dict[str, Any]) -> str | None:
+        """Which of the arguments is not of the usual kind, in words of `prepare`; None where all are."""
+        text, images, masks, sample = _read(named)
+        scale = (named.get("cross_attention_kwargs") or {}).get("scale")
+        if scale not in (None, 1):
             # the UNet scales the weights of its LoRAs with it, for as long as it runs
-            return None
-        if not isinstance(text, Tensor) or not isinstance(sample, Tensor) or not isinstance(images, list):
-            return None
-        if not all(isinstance(image, Tensor) for image in images):
-            return None
+            return f"cross_attention_kwargs: expected no scale of LoRAs, got {scale}; use pipe.set_adapters(name, strength)"
+        if not isinstance(text, Tensor) or not isinstance(sample, Tensor):
+            return "pipe: expected a pipeline that gives its UNet latents and text as tensors, got another one"
+        if not isinstance(images, list) or not all(isinstance(image, Tensor) for image in images):
+            return "ip_adapter_image: expected one for each adapter, or ip_adapter_image_embeds, got none"
         if masks is not None and not (isinstance(masks, list) and len(masks) == len(images)):
-            return None
-        if not all(mask is None or (isinstance(mask, Tensor) and mask.ndim == 4) for mask in masks or ()):
-            return None
-        return cls(text, images, masks, sample)
+            got = f"a list of {len(masks)}" if isinstance(masks, list) else type(masks).__name__
+            return f"ip_adapter_masks: expected a list with an entry for each of the {len(images)} adapters, got {got}"
+        for mask in masks or ():
+            if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 4):
+                came = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+                return f"ip_adapter_masks: expected a tensor [1, images, height, width] or None for each adapter, got {came}"
+        return None
 
     def tensors(self) -> list[Tensor]:
         """Those whose contents matter."""
         return [self.text, *self.images, *(mask for mask in self.masks or () if mask is not None)]
+
+
+def _read(named: dict[str, Any]) -> tuple[Any, ...]:
+    """What `Inputs` are made of, of whatever kind."""
+    images = (named.get("added_cond_kwargs") or {}).get("image_embeds")
+    masks = (named.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
+    return named.get("encoder_hidden_states"), images, masks, named.get("sample")
 
 
 class Buffers:

@@ -1,4 +1,4 @@
-"""UNets: the three IP-Adapter processors of diffusers 0.42 (`diffusers/models/attention_processor.py`).
+"""UNets: the three IP-Adapter processors of diffusers 0.35.2 to 0.42.1 (`models/attention_processor.py`).
 
 A processor is taken over by changing its class to a subclass that adds no parameter: it stays the same object with the same
 weights, and giving the class back undoes it. What a subclass cannot do exactly it hands to the class that it came from.
@@ -199,8 +199,8 @@ def _class_reasons(kind: Any, masks: Any) -> list[str]:
     """Why only the replaced class may run a call, as far as that is about the class."""
     reasons = []
     if STOCK[kind].__call__ is not _CALLS[kind]:
-        lift = "putting diffusers' own function back lifts this"
-        reasons.append(f"processor {kind.__name__}: its class was given another __call__, which runs; {lift}")
+        patched = "diffusers' class has been patched (its __call__ was replaced), so the patch runs instead of the kernel"
+        reasons.append(f"processor {kind.__name__}: {patched}; remove the patch to use the kernel")
     refusal = kind.refuses_masks()
     if masks is not None and refusal is not None:
         reasons.append(refusal)
@@ -228,8 +228,8 @@ class IPAdapterXFormersAttnProcessor(_Fused, stock.IPAdapterXFormersAttnProcesso
     @staticmethod
     def refuses_masks() -> str | None:
         """Diffusers rounds them."""
-        lift = "disable_xformers_memory_efficient_attention() lifts this"
-        return f"ip_adapter_masks with xFormers: diffusers rounds them to float16 first; {lift}"
+        switch = "disable_xformers_memory_efficient_attention()"
+        return f"ip_adapter_masks with xFormers: diffusers rounds them to float16 first; call {switch}"
 
 
 FUSED: dict[type, Any] = {
@@ -303,8 +303,8 @@ def foreign_reason(processor: object, expected: bool) -> str | None:
     kind = type(processor)
     if kind in FUSED or _ours(processor) is not None or not (expected or is_adapter(processor)):
         return None
-    lift = "load_ip_adapter, or set_attn_processor with diffusers' own, lifts this"
-    return f"processor {kind.__name__}: not one of diffusers' IP-Adapter classes, which alone are taken over; {lift}"
+    again = "call load_ip_adapter again, or set_attn_processor with diffusers' own"
+    return f"processor {kind.__name__}: not one of diffusers' IP-Adapter classes, which alone are taken over; {again}"
 
 
 def layer_plan(

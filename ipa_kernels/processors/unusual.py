@@ -1,4 +1,4 @@
-"""Calls that only diffusers' own code may run: each reason in one line, with what would lift it."""
+"""Calls that only diffusers' own code may run: each reason in one line, with what to do to use the kernel."""
 
 from typing import Any
 
@@ -15,22 +15,27 @@ def unusual(
     """
     reasons = _unusual_attention(attn)
     if attention_mask is not None:
-        reasons.append("attention_mask: only diffusers' own code takes one; leaving encoder_attention_mask out lifts this")
+        reasons.append(
+            "attention_mask: only diffusers' own code takes one; leave encoder_attention_mask out if nothing is masked"
+        )
     if hidden_states.ndim != 3:
-        reasons.append(f"hidden_states: got {hidden_states.ndim} dimensions; [batch, queries, channels] lifts this")
+        reasons.append(f"hidden_states: expected [batch, queries, channels], got {hidden_states.ndim} dimensions; reshape them")
     if not _is_pair(states):
-        pair = "added_cond_kwargs={'image_embeds': [...]} of the UNet lifts this"
-        return [*reasons, f"encoder_hidden_states: not a pair of text and a list of image tokens; {pair}"]
+        pair = "pass images as added_cond_kwargs={'image_embeds': [...]} of the UNet"
+        return [
+            *reasons,
+            f"encoder_hidden_states: expected a pair of text and a list of image tokens, got another form; {pair}",
+        ]
     text, images = states
     if len(images) != len(processor.to_k_ip) or not isinstance(scales, list) or len(scales) != len(images):
         count = f"got {len(images)} for {len(processor.to_k_ip)} adapters with scales {scales}"
-        return [*reasons, f"image inputs: {count}; one entry for each adapter lifts this"]
+        return [*reasons, f"image inputs: {count}; give each adapter one image input and one scale"]
     if any(state.ndim not in (3, 4) for state in images):
-        reasons.append("image tokens: not three or four dimensions; [batch, images, tokens, channels] lifts this")
-    batches = {hidden_states.shape[0], text.shape[0], *(state.shape[0] for state in images)}
-    if len(batches) > 1:
-        got = f"diffusers folds different ones, got {sorted(batches)}"
-        reasons.append(f"batch sizes of queries, text and images: {got}; equal ones lift this")
+        reasons.append("image tokens: not three or four dimensions; pass [batch, images, tokens, channels]")
+    batches = [hidden_states.shape[0], text.shape[0], *(state.shape[0] for state in images)]
+    if len(set(batches)) > 1:
+        got = f"expected the same, got {batches}"
+        reasons.append(f"batch sizes of queries, text and images: {got}; cut all of them where a callback cuts one")
     reasons += _unusual_masks(scales, masks, images, hidden_states.shape[0])
     return reasons
 
@@ -40,20 +45,25 @@ def _unusual_masks(scales: list[Any], masks: Any, images: list[Tensor], batch: i
     if masks is None:
         masks = [None] * len(images)
     elif not isinstance(masks, list) or len(masks) != len(images):
-        return ["ip_adapter_masks: diffusers reads it in its own way; a list with one entry for each adapter lifts this"]
+        came = f"a list of {len(masks)} for {len(images)}" if isinstance(masks, list) else type(masks).__name__
+        return [
+            f"ip_adapter_masks: expected a list with an entry for each adapter, got {came}, which is left to diffusers' "
+            "own code; pass such a list"
+        ]
     for scale, mask, state in zip(scales, masks, images, strict=True):
         numbers = scale if isinstance(scale, list) else [scale]
         if scale is not None and any(type(s) not in (int, float) for s in numbers):
-            return [f"adapter scale: got {scale!r}; a number, or a list of numbers, lifts this"]
+            return [f"adapter scale: got {scale!r}; set a number, or a list of numbers"]
         if mask is None:
             if isinstance(scale, list) and any(s != 0 for s in scale):
-                return ["adapter scales per image: ip_adapter_masks for the images lift this"]
+                return ["adapter scales per image: only images with masks have a scale each; pass masks, or set one scale"]
             continue
         if not isinstance(mask, Tensor) or mask.ndim != 4 or state.ndim != 4 or mask.shape[1] != state.shape[1]:
-            return ["ip_adapter_masks: a tensor [1, images, height, width] for each adapter lifts this"]
+            form = "[1, images, height, width]"
+            return [f"ip_adapter_masks: an entry is no tensor {form} with a mask for each image; pass one for each adapter"]
         if mask.shape[0] not in (1, batch) or (isinstance(scale, list) and len(scale) != mask.shape[1]):
             got = f"got {list(mask.shape)} for a batch of {batch} with scale {scale!r}"
-            return [f"ip_adapter_masks: {got}; one row or a row per batch row, and a scale per image, lift this"]
+            return [f"ip_adapter_masks: {got}; pass one row, or one for each row of the batch, and a scale per image"]
     return []
 
 
