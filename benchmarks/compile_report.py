@@ -5,8 +5,8 @@
 What is compiled is what a launch compiles: one source for both (`ipa_kernels.kernels.variant`), specialised on nothing that a
 launch may change. An entry is unfit, and the exit status 1, if it spills, exceeds the shared memory of the device, does without
 tensor cores, loads queries or stores the output with less than 16 bytes per thread, or, where a tensor core multiplies
-16 x 8 x 16, needs over 10 % more of that than the shape does. Of float32, multiplied in TF32 (`--dtype tf32`, what impl="auto"
-runs) or in IEEE precision (float32), shared memory alone is judged.
+16 x 8 x 16, needs over 10 % more of that than the shape does. Of float32 multiplied in TF32 (`--dtype tf32`, what impl="auto"
+runs) shared memory, spills and tensor cores are judged, in IEEE precision (float32) shared memory alone.
 
 min_mma is the minimum for tiles of 16: over every branch, ceil8(keys) columns of Q·Kᵗ and ceil16(keys) rows of V, times
 ceil16(head dim), per query; a loop counts one block of keys and the rest after the last block. Elsewhere than on mma.sync it is
@@ -210,12 +210,18 @@ def excess(entry: Entry, counted: Count) -> str | None:
 
 
 def faults(entry: Entry, counted: Count) -> list[str]:
-    """What makes an entry unfit to ship; of float32, memory alone."""
+    """What makes an entry unfit to ship; of IEEE float32 memory alone, of TF32 neither widths nor numbers of instructions."""
     limit = launch_table.SHARED_MEMORY[entry.arch]
     found = []
     if counted.shared_bytes > limit:
         found.append(f"shared memory {counted.shared_bytes} over the {limit} of {entry.arch}")
-    if entry.dtype in FLOAT32:
+    if entry.dtype == "float32":
+        return found
+    if counted.spill_bytes > (0 if entry.wanted is None else launch_table_backward.SPILL_BYTES):
+        found.append(f"spills {counted.spill_bytes} bytes per thread")
+    if not counted.mma:
+        found.append("no tensor core instruction")
+    if entry.dtype == "tf32":
         return found
     # a block of the backward may have fewer queries: a narrow tile of them is not 16 bytes for every thread
     if counted.query_load < (16 if entry.wanted is None else 8):
@@ -223,10 +229,6 @@ def faults(entry: Entry, counted: Count) -> list[str]:
     # of the backward, what is stored besides dQ may be smaller than the threads of a block times 16 bytes
     if counted.output_store < 16 and entry.wanted is None:
         found.append(f"stores the output by {counted.output_store} bytes per thread")
-    if counted.spill_bytes > (0 if entry.wanted is None else launch_table_backward.SPILL_BYTES):
-        found.append(f"spills {counted.spill_bytes} bytes per thread")
-    if not counted.mma:
-        found.append("no tensor core instruction")
     least = min_mma(entry, counted)
     if entry.wanted is None and least is not None and counted.mma > 1.1 * least and entry.arch in launch_table.MMA:
         found.append(f"{counted.mma} matrix instructions where {least} would do")

@@ -122,11 +122,16 @@ def test_what_makes_an_entry_unfit(changes: dict[str, int], fault: str | None) -
     assert compile_report.faults(entry(), replace(GOOD, **changes)) == ([] if fault is None else [fault])
 
 
-def test_of_float32_memory_alone_is_judged() -> None:
+def test_of_float32_in_ieee_precision_memory_alone_is_judged() -> None:
     counted = replace(GOOD, spill_bytes=400, mma=0, multiply_adds=0)
-    for dtype in ("float32", "tf32"):
-        assert compile_report.faults(entry(dtype=dtype), counted) == []
-        assert "shared memory" in compile_report.faults(entry(dtype=dtype), replace(counted, shared_bytes=2**20))[0]
+    assert compile_report.faults(entry(dtype="float32"), counted) == []
+    assert "shared memory" in compile_report.faults(entry(dtype="float32"), replace(counted, shared_bytes=2**20))[0]
+
+
+def test_of_tf32_spills_and_tensor_cores_are_judged_too() -> None:
+    assert compile_report.faults(entry(dtype="tf32"), replace(GOOD, query_load=4, output_store=4, mma=999)) == []
+    assert compile_report.faults(entry(dtype="tf32"), replace(GOOD, spill_bytes=8)) == ["spills 8 bytes per thread"]
+    assert compile_report.faults(entry(dtype="tf32"), replace(GOOD, mma=0)) == ["no tensor core instruction"]
 
 
 def test_tf32_is_compiled_where_there_is_tf32() -> None:
@@ -153,7 +158,7 @@ def test_refusals_say_why() -> None:
 def test_refusals_of_the_backward_say_what_there_is() -> None:
     refusal = launch_table_backward.refusal
     assert refusal("sm_80", 16, 104) == "head dim 104: the backward's launch table has 40, 64, 80, 128 on sm_80, in 16 bits"
-    assert refusal("gfx942", 32, 128) == "head dim 128: the backward's launch table has 8 to 80 on gfx942, in 32 bits"
+    assert refusal("gfx942", 32, 160) == "head dim 160: the backward's launch table has 40, 64, 80, 128 on gfx942, in 32 bits"
     reason = refusal("sm_120", 16, 80, 17)
     assert reason == "17 image keys: the backward's launch table has up to 16 on sm_120 at head dim 80"
 

@@ -1,8 +1,8 @@
 """Launch parameters as data: which block sizes run where, and what is refused. No triton, no torch, no autotuner.
 
 Every row is compiled for its architectures without a GPU, at every head dim and at the lengths that need the most registers
-(`python -m benchmarks.compile_report`): shared memory within the device's limit, and in 16 bits no spills and 16 bytes per load
-and store; float32 in TF32 spills from head dim 80 on. See docs/decisions/0002-launch-table.md. No row has been timed yet.
+(`python -m benchmarks.compile_report`): shared memory within the device's limit, no spills in 16 bits and in TF32, 16 bytes per
+load and store in 16 bits. See docs/decisions/0002-launch-table.md. No row has been timed yet.
 """
 
 from collections.abc import Sequence
@@ -112,8 +112,12 @@ TABLE = (
     Row(RDNA3, 16, dims(88, 96), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, num_stages=1, max_image_keys=16)),
     Row(RDNA4, 16, dims(8, 96), ANY, LaunchConfig(64, 32, 128, 32, num_warps=4, num_stages=1)),
     Row(RDNA4, 16, dims(104, 144), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, num_stages=1, max_image_keys=16)),
-    # small tiles, for the sake of registers; in IEEE precision there are no tensor cores, and the same tiles spill
-    Row(tuple(SHARED_MEMORY), 32, dims(8, 160), ANY, LaunchConfig(32, 32, 80, 32, num_warps=4)),
+    # small tiles, for the sake of registers in TF32; in IEEE precision there are no tensor cores, and the same tiles spill
+    Row(tuple(SHARED_MEMORY), 32, dims(8, 64), ANY, LaunchConfig(32, 32, 80, 32, num_warps=4)),
+    Row(tuple(SHARED_MEMORY), 32, (80,), ANY, LaunchConfig(32, 16, 80, 16, num_warps=4)),
+    Row(tuple(SHARED_MEMORY), 32, (88, 96, 120, 128), ANY, LaunchConfig(16, 16, 80, 16, num_warps=4)),
+    Row(tuple(SHARED_MEMORY), 32, (152, 160), ANY, LaunchConfig(16, 16, 0, 16, num_warps=4)),
+    Row(tuple(SHARED_MEMORY), 32, (72, 104, 112, 136, 144), ANY, LaunchConfig(32, 16, 0, 16, num_warps=8, max_image_keys=16)),
 )
 
 # Triton's interpreter has no registers to run out of.

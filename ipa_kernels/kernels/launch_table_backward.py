@@ -1,19 +1,19 @@
 """Launch parameters of the backward kernel as data: see `launch_table`, whose rules hold here too, and docs/decisions/0012.
 
-In 16 bits a thread may spill up to 64 bytes; float32 in TF32 spills more.
+In 16 bits and in TF32 a thread may spill up to 64 bytes.
 """
 
-from .launch_table import AMPERE, ANY, LARGEST_HEAD_DIM, SHARED_MEMORY, SM_120, TCGEN05, WGMMA, LaunchConfig, Row, dims
+from .launch_table import AMPERE, ANY, LARGEST_HEAD_DIM, SHARED_MEMORY, SM_120, TCGEN05, TF32, WGMMA, LaunchConfig, Row
 
 SPILL_BYTES = 64
-"""What a thread may spill in 16 bits, in bytes."""
+"""What a thread may spill, in bytes."""
 
 COMPILED = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 """What the report compiles; the others share the code of a sibling, as in the forward's table."""
 
 CDNA3 = ("gfx942",)
 
-# The first row that fits wins, by the longest image branch too. In 16 bits only head dims that the report has compiled.
+# The first row that fits wins, by the longest image branch too. Only head dims that the report has compiled.
 # LaunchConfig(block_m, block_n, whole_keys, whole_image_keys, ...)
 TABLE = (
     Row(("sm_80",), 16, (40, 64), ANY, LaunchConfig(64, 32, 128, 32, num_warps=4)),
@@ -31,8 +31,10 @@ TABLE = (
     Row(CDNA3, 16, (40, 64), ANY, LaunchConfig(64, 16, 128, 32, num_warps=4, num_stages=1)),
     Row(CDNA3, 16, (80,), ANY, LaunchConfig(64, 16, 128, 32, num_warps=4, num_stages=1, max_image_keys=32)),
     Row(CDNA3, 16, (128, 160), ANY, LaunchConfig(64, 16, 0, 16, num_warps=4, num_stages=1, max_image_keys=16)),
-    # not tuned: in TF32 it spills by the report, from head dim 64 on more than 64 bytes; IEEE float32 is not in the report
-    Row(AMPERE + SM_120 + WGMMA + TCGEN05 + CDNA3, 32, dims(8, 80), ANY, LaunchConfig(32, 16, 80, 16, num_warps=4)),
+    # for TF32; IEEE float32 has no tensor cores, and spills
+    Row(TF32, 32, (40,), ANY, LaunchConfig(32, 16, 80, 16, num_warps=4)),
+    Row(TF32, 32, (64,), ANY, LaunchConfig(16, 16, 80, 16, num_warps=4)),
+    Row(TF32, 32, (80, 128), ANY, LaunchConfig(16, 16, 0, 16, num_warps=4, max_image_keys=16)),
 )
 
 
