@@ -16,6 +16,7 @@ from torch._dynamo import mark_static_address
 from ..conditioning import Snapshot, State, is_hooked, is_plain
 from ..session import Held, Layer
 from . import branches, projections
+from .layer import layer_of
 
 
 class Inputs(NamedTuple):
@@ -108,8 +109,7 @@ class Buffers:
     def are_current(self) -> bool:
         """Whether the layers are still those that the buffers were made for."""
         return self._places.are_current() and all(
-            attention.processor is processor and vars(processor).get("_ipa_layer") is layer
-            for attention, processor, layer in self._layers
+            attention.processor is processor and layer_of(processor) is layer for attention, processor, layer in self._layers
         )
 
     def fit(self, inputs: Inputs | None, anew: bool) -> bool:
@@ -206,7 +206,7 @@ class Buffers:
 def _layers(places: Any) -> Iterator[tuple[Any, Any, Layer]]:
     """(attention, processor, layer) of everything that was taken over."""
     for attention in places.attentions.values():
-        layer = getattr(attention.processor, "__dict__", {}).get("_ipa_layer")
+        layer = layer_of(attention.processor)
         if layer is not None:
             yield attention, attention.processor, layer
 
