@@ -72,8 +72,8 @@ def run(options: Options) -> int:
         print(f"\n{step_table(name, document)}")
     print()
     if file is not None:
-        with written("--json", file):
-            file.write_text(json.dumps(document, indent=1) + "\n")
+        with written("--json", file) as part:
+            part.write_text(json.dumps(document, indent=1) + "\n")
         print(f"{file}: every number")
     print(_draw(document, output))
     return 0
@@ -171,6 +171,6 @@ def _draw(document: dict[str, Any], output: Path) -> str:
         from .step_chart import draw
     except ImportError as error:
         return f"no plot: {error}; what it needs: pip install 'ipa-kernels[cli]'"
-    with quiet(), written("--output", output):
-        draw(document).savefig(output)
+    with quiet(), written("--output", output) as part:
+        draw(document).savefig(part, format="png")
     return f"{output}: the plot"

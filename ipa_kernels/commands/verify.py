@@ -91,8 +91,8 @@ def run(options: Options) -> int:
             "interpreted": interpreted,
         }
         document |= {"machine": facts, "seed": seed, what: [c.to_dict() for c in checked]}
-        with written("--json", file):
-            file.write_text(json.dumps(document, indent=1) + "\n")
+        with written("--json", file) as part:
+            part.write_text(json.dumps(document, indent=1) + "\n")
     return 0 if passed else 1
 
 
