@@ -363,6 +363,9 @@ def test_broken_options(fail: Any, tmp_path: Path) -> None:
     assert "needs the name of a file" in fail("--json", tmp_path)
     assert "--image x.png: it is for --pipeline" in fail("--image", "x.png")
     assert "--ip-adapter-weight x: it is for --pipeline" in fail("--ip-adapter-weight", "x")
+    for option in ("--prompt", "--image-encoder"):
+        assert f"{option} x: it is for --pipeline; the named cases have" in fail(option, "x")
+    assert "--scale -1000.0: it is for --pipeline; the named cases have random inputs" in fail("--scale", "-1e3")
     assert "with --pipeline leave them out" in fail("--pipeline", "--case", "sd15_512_mid")
 
 
