@@ -175,6 +175,10 @@ def test_eager_that_is_not_stocks_is_found(verified: Any, monkeypatch: pytest.Mo
     [
         (torch.OutOfMemoryError("CUDA out of memory.\nTried to"), "not enough memory: OutOfMemoryError: CUDA out of memory."),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory: RuntimeError: Default"),
+        (
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+            "not enough memory: RuntimeError",
+        ),
         (ArithmeticError("odd"), "ArithmeticError: odd"),
     ],
     ids=lambda value: type(value).__name__,
