@@ -15,7 +15,8 @@ from ..measure import SLACK, machine_facts
 from ..unet_steps import measure
 from .errors import UserError
 from .files import check_overwriting, json_file, writable, written
-from .machine import available_device, check_switch, is_about_memory, threads
+from .findings import dtype_name
+from .machine import available_device, check_switch, chosen_dtype, is_about_memory, threads
 from .quiet import quiet
 from .step_table import step_table
 
@@ -53,7 +54,7 @@ def run(options: Options) -> int:
         document: dict[str, Any] = {
             "benchmark": "bench",
             "machine": machine_facts(device),
-            "dtype": options.dtype or ("float32" if device.type == "cpu" else "float16"),
+            "dtype": dtype_name(chosen_dtype(options.dtype, device)),
             "steps of an image": IMAGE_STEPS,
             "models": {},
         }
