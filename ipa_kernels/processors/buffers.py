@@ -157,7 +157,7 @@ class Buffers:
         with torch.no_grad():
             text, images = _layer_inputs(self._unet, inputs)
             for attention, processor, _ in self._layers:
-                found = branches.projections(processor, attention, text, images, _counts(inputs))
+                found = branches.projections(processor, attention, text, images, branches.image_counts(_masks(inputs)))
                 yield [(_rows(to_k(tokens)), _rows(to_v(tokens))) for tokens, to_k, to_v in found]
 
     def _fill(self, inputs: Inputs) -> None:
@@ -221,11 +221,7 @@ def _layer_inputs(unet: Any, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
 
 
 def _masks(inputs: Inputs) -> list[Any]:
-    return inputs.masks or [None] * len(inputs.images)
-
-
-def _counts(inputs: Inputs) -> list[int | None]:
-    return [None if mask is None else mask.shape[1] for mask in _masks(inputs)]
+    return branches.of_adapters(inputs.masks, len(inputs.images))
 
 
 def _queries(unet: Any, inputs: Inputs) -> set[int]:
