@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from ipa_kernels import cli
-from ipa_kernels.cases import CASES
 from ipa_kernels.commands import layers, named_cases, verify
 from ipa_kernels.commands.findings import Finding, ratios
 from ipa_kernels.ops import eager
@@ -62,10 +61,11 @@ def test_with_torch_alone_the_kernel_is_not_said_to_be_verified() -> None:
         "diffusers",
         "tqdm",
     ).replace("\n  ", " ")
-    assert all(re.search(rf"^{name} +float32 +- +- +equal +eager only$", printed, re.MULTILINE) for name in CASES)
+    names = named_cases.NAMED
+    assert all(re.search(rf"^{name} +float32 +- +- +equal +eager only$", printed, re.MULTILINE) for name in names)
     assert "every case shrunk to two heads and at most 99 queries\n" in printed
-    assert f"bit for bit, in {len(CASES)} of {len(CASES)} cases\n" in printed
-    assert f"kernel: NOT verified in {len(CASES)} of {len(CASES)} cases (float32), where it does not run: triton" in printed
+    assert f"bit for bit, in {len(names)} of {len(names)} cases\n" in printed
+    assert f"kernel: NOT verified in {len(names)} of {len(names)} cases (float32), where it does not run: triton" in printed
     assert "verdict: PASSED for eager attention alone. Nothing was fused: this says nothing of the kernel\n" in printed
     assert "--pipeline: No module named 'diffusers'" in printed
     assert "pip install 'ipa-kernels[diffusers]'" in printed
@@ -135,6 +135,35 @@ def test_a_wrong_kernel_is_found(verified: Any, device: torch.device, monkeypatc
     assert "kernel: within the rule in 1 of 2 cases" in printed
     assert "verdict: FAILED in 1 of 2 cases\nsdxl_1024_32x32, float16, the kernel: OUTSIDE: rms " in printed
     assert printed.count("EXCEEDS the budget") == 3, "three draws"
+
+
+def first_row(found: torch.Tensor) -> torch.Tensor:
+    return found[:1].expand_as(found)
+
+
+@pytest.mark.parametrize("what", ["scales_for_kernel", "masks_for_kernel"])
+def test_a_kernel_that_reads_the_first_row_for_all_is_found(
+    what: str, verified: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = getattr(OP, what)
+
+    def wrong(problem: Any) -> Any:
+        found = made(problem)
+        return first_row(found) if isinstance(found, torch.Tensor) else tuple(map(first_row, found))
+
+    monkeypatch.setattr(OP, what, wrong)
+    names = ["sdxl_1024_64x64_three_masked", "sdxl_1024_64x64_two_by_row"]
+    code, printed = verified("--quick", "--device", device, "--dtype", "float16", "--case", *names)
+    assert code == 1
+    assert re.search("^sdxl_1024_64x64_three_masked .* within$", printed, re.MULTILINE)
+    assert re.search("^sdxl_1024_64x64_two_by_row .* equal +FAILED$", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_scales_and_masks_by_row(dtype: str, verified: Any, device: torch.device) -> None:
+    code, printed = verified("--quick", "--device", device, "--dtype", dtype, "--case", "sdxl_1024_64x64_two_by_row")
+    assert code == 0
+    assert re.search("^sdxl_1024_64x64_two_by_row .* within$", printed, re.MULTILINE)
 
 
 def test_a_kernel_that_writes_nothing_is_found(verified: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
