@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from ipa_kernels.measure import interleaved, machine_facts
+
+from .calls import many, of_one
 
 CALLS = 200
 """Calls that are timed together."""
@@ -78,19 +80,10 @@ def measure(rounds: int) -> list[dict[str, Any]]:
         query = torch.randn(2, 8, 4, 64, requires_grad=with_grad)
         tensors = [torch.randn(2, 8, 4, 64) for _ in range(3)]
         arguments = query, tensors, tensors, torch.ones(1, 2), 0.125
-        runs = {name: _many(call, arguments) for name, call in found.items()}
+        runs = {name: many(partial(call, *arguments), CALLS) for name, call in found.items()}
         for name, timing in interleaved(runs, torch.device("cpu"), rounds).items():
-            seconds = {part: value if part == "calls" else value / CALLS for part, value in asdict(timing).items()}
-            rows.append({"boundary": name, "with grad": with_grad, "seconds": seconds})
+            rows.append({"boundary": name, "with grad": with_grad, "seconds": of_one(timing, CALLS)})
     return rows
-
-
-def _many(call: Callable[..., Tensor], arguments: tuple[Any, ...]) -> Callable[[], None]:
-    def calls() -> None:
-        for _ in range(CALLS):
-            call(*arguments)
-
-    return calls
 
 
 def main() -> int:

@@ -43,6 +43,7 @@ from ipa_kernels.kernels.variant_backward import Wanted, backward_source
 from ipa_kernels.measure import machine_facts
 
 from . import backward_classes
+from .backward_classes import LONG
 from .disassembly import Count, Lines, count
 from .occupancy import occupancy
 
@@ -52,8 +53,6 @@ USED_HEAD_DIMS = (40, 64, 80, 128, 160)
 FLOAT32 = ("tf32", "float32")
 """Tensors in float32, multiplied in TF32 or in IEEE precision."""
 DTYPES = ("float16", "bfloat16", *FLOAT32)
-LONG = 1000
-"""A length that every config loops over."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +82,11 @@ class Entry:
         columns = 0
         for i, branch in enumerate(self.variant.branches):
             keys = branch.whole or self.config.block_n + branch.rest
-            columns += _up(keys, 8) + _up(keys, 16)
+            columns += up(keys, 8) + up(keys, 16)
             if self.wanted is not None:
-                columns += _up(keys, 8) * (1 if branch.whole else 3)
-                columns += _up(keys, 16) * (self.wanted.keys[i] + self.wanted.values[i])
-        return columns * _up(self.head_dim, 16)
+                columns += up(keys, 8) * (1 if branch.whole else 3)
+                columns += up(keys, 16) * (self.wanted.keys[i] + self.wanted.values[i])
+        return columns * up(self.head_dim, 16)
 
 
 def hardest(config: LaunchConfig) -> Iterator[tuple[int, ...]]:
@@ -136,7 +135,7 @@ def backward_entries(archs: list[str], dtypes: list[str], head_dims: list[int], 
         turn = 0
         for row in (row for row in launch_table_backward.TABLE if arch in row.archs):
             # only what a launch can find: an earlier row may have taken a head dim
-            longest = min(row.config.max_image_keys, backward_classes.LONG)
+            longest = min(row.config.max_image_keys, LONG)
             dims = [d for d in head_dims if launch_table_backward.find(arch, row.bits, d, longest) is row.config]
             classes = list(backward_classes.hardest(row.config))
             for dtype in (dtype for dtype in dtypes if _runs(arch, dtype, row.bits)):
@@ -187,8 +186,8 @@ def min_mma(entry: Entry, counted: Count) -> int | None:
         return None
     if counted.multiply_adds is None:
         # tcgen05 does not show its shape: the fewest instructions, each 16 deep and as wide as it may be
-        keys = sum(_up(branch.whole or entry.config.block_n + branch.rest, 16) for branch in entry.variant.branches)
-        return keys // 16 + len(entry.lengths) * _up(entry.head_dim, 16) // 16
+        keys = sum(up(branch.whole or entry.config.block_n + branch.rest, 16) for branch in entry.variant.branches)
+        return keys // 16 + len(entry.lengths) * up(entry.head_dim, 16) // 16
     # mma.sync, MFMA and WMMA are a warp's, wgmma is one of four warps
     groups = entry.config.num_warps // (4 if entry.arch in launch_table.WGMMA else 1)
     minimum = entry.minimum * entry.config.block_m // groups
@@ -235,7 +234,8 @@ def faults(entry: Entry, counted: Count) -> list[str]:
     return found
 
 
-def _up(number: int, multiple: int) -> int:
+def up(number: int, multiple: int) -> int:
+    """The next multiple."""
     return -(-number // multiple) * multiple
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from ipa_kernels.cases import Case
 from ipa_kernels.kernels import launch_table
 
-from .compile_report import Entry, measure
+from .compile_report import Entry, measure, up
 from .disassembly import Count
 from .sweeps import sweeps
 
@@ -31,13 +31,13 @@ def executed(entry: Entry, counted: Count) -> tuple[int, int]:
 
     A loop is one copy of its block in the code, run once for each whole block.
     """
-    dims, block = _up(entry.head_dim, 16), entry.config.block_n
+    dims, block = up(entry.head_dim, 16), entry.config.block_n
     of_block = 2 * block * dims // (8 * 16)
     rows = entry.config.block_m // entry.config.num_warps
     total = counted.mma * 16 // rows
     least = 0
     for branch, length in zip(entry.variant.branches, entry.lengths, strict=True):
-        least += (_up(length, 8) + _up(length, 16)) * dims // (8 * 16)
+        least += (up(length, 8) + up(length, 16)) * dims // (8 * 16)
         if not branch.whole:
             total += of_block * (length // block - 1)
     return total, least
@@ -69,10 +69,6 @@ def row(case: Case, arch: str) -> dict[str, Any]:
         "bytes": 2 * unit + keys,
         "stock bytes": (2 + 7 * len(case.images)) * unit + keys,
     }
-
-
-def _up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 def main() -> int:

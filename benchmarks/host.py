@@ -17,7 +17,6 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +32,7 @@ from torch import Tensor
 from ipa_kernels.kernels.launch import Launch
 from ipa_kernels.measure import interleaved, machine_facts
 
+from .calls import many, of_one
 from .generation import VARIANTS, Layer, Shape
 
 SHAPE = Shape(1, 16, 64, 2)
@@ -80,12 +80,9 @@ def measure(adapters: str, dtype: torch.dtype, device: torch.device, rounds: int
         candidates: dict[str, Callable[[], Tensor]] = {
             "stock": stock, "first": first, "later": layer, "forward": bare, "projections": layer.projections,
         }  # fmt: skip
-        timings = interleaved({name: _many(call) for name, call in candidates.items()}, device, rounds)
+        timings = interleaved({name: many(call, CALLS) for name, call in candidates.items()}, device, rounds)
     row: dict[str, Any] = {"adapters": adapters, "dtype": str(dtype), "launch": "stubbed" if device.type == "cpu" else "real"}
-    row["seconds"] = {
-        name: {part: seconds if part == "calls" else seconds / CALLS for part, seconds in asdict(timing).items()}
-        for name, timing in timings.items()
-    }
+    row["seconds"] = {name: of_one(timing, CALLS) for name, timing in timings.items()}
     row["ratio"] = timings["later"].median / timings["stock"].median
     row["ratio of the first"] = timings["first"].median / timings["stock"].median
     return row
@@ -93,14 +90,6 @@ def measure(adapters: str, dtype: torch.dtype, device: torch.device, rounds: int
 
 def _leave_out(launch: Launch, *arguments: Any) -> None:
     """In the place of a launch: takes its arguments."""
-
-
-def _many(call: Callable[[], object]) -> Callable[[], None]:
-    def calls() -> None:
-        for _ in range(CALLS):
-            call()
-
-    return calls
 
 
 def main() -> int:

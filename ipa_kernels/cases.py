@@ -48,7 +48,10 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Case:
-    """One cross-attention layer: B = batch, H = heads, M = queries, D = head_dim, and the number of keys per branch."""
+    """One cross-attention layer: B = batch, H = heads, M = queries, D = head_dim, and the number of keys per branch.
+
+    by_row: whether each row of the batch has scales and masks of its own.
+    """
 
     name: str
     heads: int
@@ -58,6 +61,7 @@ class Case:
     images: tuple[int, ...] = (4,)
     masked: bool = False
     batch: int = 2
+    by_row: bool = False
 
     @property
     def flops(self) -> int:
@@ -71,16 +75,17 @@ class Case:
     def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
         """Random inputs as a processor makes them: [B, N, H, D] in memory, seen as [B, H, N, D]; masks overshoot [0, 1]."""
         generator = torch.Generator().manual_seed(seed)
+        rows = self.batch if self.by_row else 1
 
         def heads(length: int) -> Tensor:
             values = torch.randn(self.batch, length, self.heads, self.head_dim, generator=generator)
             return values.to(device=device, dtype=dtype).transpose(1, 2)
 
         def mask() -> Tensor:
-            return torch.empty(1, self.queries).uniform_(-0.2, 1.2, generator=generator).to(device=device, dtype=dtype)
+            return torch.empty(rows, self.queries).uniform_(-0.2, 1.2, generator=generator).to(device=device, dtype=dtype)
 
         # exact in bfloat16 and float16, so that an error is the attention's and not the rounding of a scale
-        scales = torch.empty(1, len(self.images)).uniform_(0.3, 1.1, generator=generator).bfloat16().float()
+        scales = torch.empty(rows, len(self.images)).uniform_(0.3, 1.1, generator=generator).bfloat16().float()
         return Inputs(
             heads(self.queries),
             heads(self.text),
@@ -125,3 +130,6 @@ CASES = _table(
     # HunyuanDiT: 77 CLIP and 256 T5 tokens, a head dim that is no multiple of 16
     Case("hunyuandit_1024", 16, 4096, 88, text=333, images=(8,)),
 )
+
+BY_ROW = _table(Case("sdxl_1024_64x64_two_by_row", 10, 4096, 64, images=(4, 16), masked=True, by_row=True))
+"""What the op takes and no layer of diffusers, which has one scale for all rows."""

@@ -78,6 +78,12 @@ class _Value:
         return self.state.marks == state.marks and self.versions == [tensor._version for tensor in self.tensors()]
 
 
+class _Sources(dict[int, _Source]):
+    """By the ids of their tensors. One that can be referred to weakly: what its sources hold of it would be a cycle."""
+
+    __slots__ = ("__weakref__",)
+
+
 class _Active(threading.local):
     """The memory of the UNet that runs in this thread: direct calls of its layers remember nothing."""
 
@@ -98,7 +104,7 @@ class Memory:
         self.hits = 0
         self.misses = 0
         self.unkept = 0
-        self._sources: dict[int, _Source] = {}
+        self._sources = _Sources()
         self._schedule = _Schedule()
 
     def enter(self, timestep: Any, condition: tuple[int, ...]) -> bool:
@@ -132,7 +138,7 @@ class Memory:
 
     def forget(self) -> None:
         """Drop every value."""
-        sources, self._sources = self._sources, {}
+        sources, self._sources = self._sources, _Sources()
         while sources:
             sources.popitem()[1].drop()
 
@@ -188,14 +194,17 @@ class Memory:
         return sum(storages.values())
 
     @staticmethod
-    def _source(sources: dict[int, _Source], tensor: Tensor) -> _Source:
-        key = id(tensor)
+    def _source(sources: _Sources, tensor: Tensor) -> _Source:
+        key, where = id(tensor), weakref.ref(sources)
 
         def forget(reference: Any) -> None:
+            known = where()
+            if known is None:
+                return
+            source = known.get(key)
             # the id may belong to another tensor by now
-            source = sources.get(key)
             if source is not None and source.tensor is reference:
-                sources.pop(key, None)
+                known.pop(key, None)
                 source.drop()
 
         stale = [key, *list(sources)[: max(0, len(sources) - SOURCES + 1)]]

@@ -167,7 +167,7 @@ def _report(unet: Any, target: str) -> Report:
     for name, attention in watch.places.adapter_layers(unet):
         processor = attention.processor
         planned, reasons = families.layer_plan(attention, processor, impl, device, dtype)
-        layer = vars(processor).get("_ipa_layer")
+        layer = families.layer_of(processor)
         if state is None:
             layers.append(LayerReport(name, "stock", None, f"not enabled: {switch}", 0))
         elif type(processor) in families.FUSED:

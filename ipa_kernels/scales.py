@@ -34,10 +34,14 @@ class Table:
         now = device, images, rows
         if now == self._known:
             return
-        self._known = now
+        # forgotten first: what raises in the middle leaves a table that nobody takes for written
+        self._known = None
         self.is_data = rows is not None
-        if rows is None:
-            return
+        if rows is not None:
+            self._write(rows, device)
+        self._known = now
+
+    def _write(self, rows: list[list[float]], device: torch.device) -> None:
         shape = len(rows), max(self.tensor.shape[1], 1 + IMAGES, *map(len, rows))
         if self.tensor.shape != shape or self.tensor.device != device:
             # one that was made in inference mode could not be written to outside

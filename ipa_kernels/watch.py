@@ -145,15 +145,14 @@ class Watch:
             return
         masks = (step.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
         for attention in self.places.attentions.values():
-            layer = getattr(attention.processor, "__dict__", {}).get("_ipa_layer")
+            layer = families.layer_of(attention.processor)
             if layer is not None:
                 layer.table.follow(vars(attention.processor).get("scale"), masks, sample.device)
         self.session.is_stepping = True
 
     def layers(self) -> list[Any]:
         """What the processors that were taken over remember, in the order of the modules."""
-        processors = (attention.processor for attention in self.places.attentions.values())
-        found = (getattr(processor, "__dict__", {}).get("_ipa_layer") for processor in processors)
+        found = (families.layer_of(attention.processor) for attention in self.places.attentions.values())
         return [layer for layer in found if layer is not None]
 
     @disable  # type: ignore[untyped-decorator]
@@ -240,12 +239,14 @@ class Watch:
 
     def give_back(self, unet: nn.Module) -> None:
         """Undo every `take_over`, of what is installed and of what was put aside."""
-        installed = {attention.processor for attention in places.Places(unet).attentions.values()}
-        for module in installed | set(projections.of(unet)) | set(self.session.taken):
+        # by identity: a user's own processor need not be hashable
+        installed = {id(place.processor): place.processor for place in places.Places(unet).attentions.values()}
+        aside = {id(module): module for module in (*projections.of(unet), *self.session.taken)}
+        for key, module in (installed | aside).items():
             if type(module) in projections.STOCK:
                 projections.give_back(module)
             # a processor that was put into another enabled UNet since belongs to that one
-            elif families.session_of(module) is self.session or (module in installed and type(module) in families.STOCK):
+            elif families.session_of(module) is self.session or (key in installed and type(module) in families.STOCK):
                 families.give_back(module)
 
 

@@ -208,6 +208,25 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert [path.name for path in Path().iterdir()] == ["bench.json"]
 
 
+def test_a_full_disk_leaves_what_was_there(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*arguments: Any, **options: Any) -> None:
+        path = next(Path(argument) for argument in arguments if isinstance(argument, str | Path))
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(bench, "measure", lambda *arguments: document()["models"]["sd15"]["rows"])
+    for name in ("bench.json", "bench.png"):
+        Path(name).write_bytes(b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", stop)
+        assert "--json bench.json: No space left on device" in fail(*QUICK, "--quick", "--json", "bench.json")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", stop)
+    assert "--output bench.png: No space left on device" in fail(*QUICK, "--quick")
+    assert {path.name: path.read_bytes() for path in Path().iterdir()} == {"bench.json": b"old", "bench.png": b"old"}
+    for path in list(Path().iterdir()):
+        path.unlink()
+
+
 def test_the_table() -> None:
     made = document()
     lines = step_table("sd15", made).splitlines()

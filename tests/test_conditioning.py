@@ -2,6 +2,7 @@
 
 import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -491,6 +492,25 @@ def test_clear_cache_and_disable_drop_what_a_loop_keeps_alive() -> None:
     memory = scene.unet._ipa_kernels.session.memory
     ipa_kernels.disable(scene.unet)
     assert memory.bytes == 0
+
+
+@pytest.mark.parametrize("function", [ipa_kernels.clear_cache, ipa_kernels.enable, ipa_kernels.disable])
+def test_what_is_dropped_is_freed_at_once(function: Callable[[nn.Module], object]) -> None:
+    """And not when a cycle is collected; the prompt that it was computed from lives on."""
+    scene = Scene()
+    ipa_kernels.enable(scene.unet)
+    scene.step()
+    scene.step()
+    sources = scene.unet._ipa_kernels.session.memory._sources.values()
+    values = [weakref.ref(tensor) for source in sources for value in source.values.values() for tensor in value.tensors()]
+    assert len(values) > 2
+    del sources
+    gc.disable()
+    try:
+        function(scene.unet)
+        assert not any(value() is not None for value in values)
+    finally:
+        gc.enable()
 
 
 def test_cache_false_remembers_nothing() -> None:

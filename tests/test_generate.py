@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -229,9 +230,15 @@ def test_broken_options(fail: Mistake) -> None:
 
 
 def test_not_enough_memory(fail: Mistake, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU's own error for more than any machine has, a GPU's in the UNet; the advice names what is not used yet."""
-    huge = fail("--image", "a.png", "--width", 8_000_000, "--height", 8_000_000)
-    assert "--device cpu: not enough memory; what would help: a smaller --width and --height (" in huge
+    """What would be more than the machine has is told before it is tried, for the system ends what tries it; a GPU's own error
+    in the UNet; the advice names what is not used yet."""
+    for size, takes in (
+        ((800_000_000,), "800000000x32 takes 6554"),
+        ((8_000_000, 8_000_000), "8000000x8000000 takes 16384000"),
+    ):
+        huge = fail("--image", "a.png", *chain(*zip(("--width", "--height"), size, strict=False)))
+        assert "--device cpu: not enough memory; what would help: a smaller --width and --height (" in huge
+        assert f"(a picture of {takes} GB to decode; there are " in huge
 
     def forward(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")

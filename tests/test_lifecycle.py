@@ -11,6 +11,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -29,7 +30,7 @@ from ipa_kernels.report import FallbackWarning
 
 from .zoo.adapters import load
 from .zoo.controls import CONTROLS, Control, binary
-from .zoo.generate import generate, outcome, same, traces
+from .zoo.generate import classes, generate, outcome, same, traces
 from .zoo.life import LOADS, OPERATIONS, Life
 from .zoo.pipelines import build
 
@@ -325,6 +326,53 @@ def test_a_processor_of_the_user_is_refused_where_the_kernel_is_demanded() -> No
     enabled.unet.set_attn_processor(pipe.unet.attn_processors)
     with pytest.raises(UnsupportedError, match=r"mid_block.*processor OfTheUser"):
         generate(enabled, ("base",))
+
+
+def without_images(attn: Any, hidden_states: Any, states: Any, attention_mask: Any) -> torch.Tensor:
+    text = states[0] if isinstance(states, tuple) else states
+    return stock.AttnProcessor2_0()(attn, hidden_states, text, attention_mask)
+
+
+@dataclass
+class Compared:
+    """A processor that compares by value, and so has no hash."""
+
+    weight: float = 1.0
+
+    def __call__(
+        self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, attention_mask: Any = None,
+        ip_adapter_masks: Any = None,
+    ) -> torch.Tensor:  # fmt: skip
+        return self.weight * without_images(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+
+class Slotted:
+    """A processor without a dictionary of attributes."""
+
+    __slots__ = ("weight",)
+
+    def __init__(self) -> None:
+        self.weight = 0.5
+
+    __call__ = Compared.__call__
+
+
+@pytest.mark.parametrize("kind", [Compared, Slotted])
+@pytest.mark.parametrize("place", ["attn1", "attn2"])
+def test_a_processor_without_hash_or_dictionary(kind: type, place: str) -> None:
+    pipe = build("sd", ("base",))
+    block = pipe.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0")
+    block.get_submodule(place).set_processor(kind())
+    before, expected = classes(pipe.unet), generate(pipe, ("base",))
+    ipa_kernels.enable(pipe)
+    assert torch.equal(generate(pipe, ("base",)), expected)
+    planned = [layer.planned for layer in ipa_kernels.explain(pipe).layers]
+    assert planned.count("stock") == (place == "attn2")
+    assert planned.count("eager") == 4 - (place == "attn2")
+    ipa_kernels.disable(pipe)
+    assert not traces(pipe.unet)
+    assert classes(pipe.unet) == before
+    assert torch.equal(generate(pipe, ("base",)), expected)
 
 
 @pytest.mark.parametrize("change", ["enable", "disable", "enable and load", "load"])

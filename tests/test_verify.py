@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from ipa_kernels import cli
-from ipa_kernels.cases import CASES
 from ipa_kernels.commands import layers, named_cases, verify
 from ipa_kernels.commands.findings import Finding, ratios
 from ipa_kernels.ops import eager
@@ -62,10 +61,11 @@ def test_with_torch_alone_the_kernel_is_not_said_to_be_verified() -> None:
         "diffusers",
         "tqdm",
     ).replace("\n  ", " ")
-    assert all(re.search(rf"^{name} +float32 +- +- +equal +eager only$", printed, re.MULTILINE) for name in CASES)
+    names = named_cases.NAMED
+    assert all(re.search(rf"^{name} +float32 +- +- +equal +eager only$", printed, re.MULTILINE) for name in names)
     assert "every case shrunk to two heads and at most 99 queries\n" in printed
-    assert f"bit for bit, in {len(CASES)} of {len(CASES)} cases\n" in printed
-    assert f"kernel: NOT verified in {len(CASES)} of {len(CASES)} cases (float32), where it does not run: triton" in printed
+    assert f"bit for bit, in {len(names)} of {len(names)} cases\n" in printed
+    assert f"kernel: NOT verified in {len(names)} of {len(names)} cases (float32), where it does not run: triton" in printed
     assert "verdict: PASSED for eager attention alone. Nothing was fused: this says nothing of the kernel\n" in printed
     assert "--pipeline: No module named 'diffusers'" in printed
     assert "pip install 'ipa-kernels[diffusers]'" in printed
@@ -137,6 +137,35 @@ def test_a_wrong_kernel_is_found(verified: Any, device: torch.device, monkeypatc
     assert printed.count("EXCEEDS the budget") == 3, "three draws"
 
 
+def first_row(found: torch.Tensor) -> torch.Tensor:
+    return found[:1].expand_as(found)
+
+
+@pytest.mark.parametrize("what", ["scales_for_kernel", "masks_for_kernel"])
+def test_a_kernel_that_reads_the_first_row_for_all_is_found(
+    what: str, verified: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = getattr(OP, what)
+
+    def wrong(problem: Any) -> Any:
+        found = made(problem)
+        return first_row(found) if isinstance(found, torch.Tensor) else tuple(map(first_row, found))
+
+    monkeypatch.setattr(OP, what, wrong)
+    names = ["sdxl_1024_64x64_three_masked", "sdxl_1024_64x64_two_by_row"]
+    code, printed = verified("--quick", "--device", device, "--dtype", "float16", "--case", *names)
+    assert code == 1
+    assert re.search("^sdxl_1024_64x64_three_masked .* within$", printed, re.MULTILINE)
+    assert re.search("^sdxl_1024_64x64_two_by_row .* equal +FAILED$", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_scales_and_masks_by_row(dtype: str, verified: Any, device: torch.device) -> None:
+    code, printed = verified("--quick", "--device", device, "--dtype", dtype, "--case", "sdxl_1024_64x64_two_by_row")
+    assert code == 0
+    assert re.search("^sdxl_1024_64x64_two_by_row .* within$", printed, re.MULTILINE)
+
+
 def test_a_kernel_that_writes_nothing_is_found(verified: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its result is what the memory held before: stock's, had that run first."""
     blocks: list[torch.Tensor] = []
@@ -175,6 +204,10 @@ def test_eager_that_is_not_stocks_is_found(verified: Any, monkeypatch: pytest.Mo
     [
         (torch.OutOfMemoryError("CUDA out of memory.\nTried to"), "not enough memory: OutOfMemoryError: CUDA out of memory."),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "not enough memory: RuntimeError: Default"),
+        (
+            RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+            "not enough memory: RuntimeError",
+        ),
         (ArithmeticError("odd"), "ArithmeticError: odd"),
     ],
     ids=lambda value: type(value).__name__,
@@ -365,6 +398,9 @@ def test_broken_options(fail: Any, tmp_path: Path) -> None:
     assert "needs the name of a file" in fail("--json", tmp_path)
     assert "--image x.png: it is for --pipeline" in fail("--image", "x.png")
     assert "--ip-adapter-weight x: it is for --pipeline" in fail("--ip-adapter-weight", "x")
+    for option in ("--prompt", "--image-encoder"):
+        assert f"{option} x: it is for --pipeline; the named cases have" in fail(option, "x")
+    assert "--scale -1000.0: it is for --pipeline; the named cases have random inputs" in fail("--scale", "-1e3")
     assert "with --pipeline leave them out" in fail("--pipeline", "--case", "sd15_512_mid")
 
 

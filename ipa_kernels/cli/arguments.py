@@ -2,8 +2,11 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn
+
+from ..commands.defaults import IMAGE_ENCODER
 
 USER_ERROR = 2
 WEIGHT_HELP = (
@@ -13,7 +16,12 @@ WEIGHT_HELP = (
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line: argparse alone prints the whole usage before it."""
+    """Says what is wrong in one line: argparse alone prints the whole usage before it. Knows -1e3 for a number."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # argparse's own has no exponents, and takes such a number for an option
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
     def error(self, message: str) -> NoReturn:
         self.exit(USER_ERROR, f"{self.prog}: {message} (--help lists the options)\n")
@@ -40,9 +48,9 @@ def add_model(command: Any) -> Any:
     weights.add_argument(
         "--image-encoder",
         metavar="FOLDER",
-        default="image_encoder",
+        default=IMAGE_ENCODER,
         help="the CLIP image encoder: a folder beside the weight file, or with a slash a folder inside --ip-adapter, such as "
-        "models/image_encoder; only read where the pipeline has none (default: %(default)s)",
+        f"models/image_encoder; only read where the pipeline has none (default: {IMAGE_ENCODER})",
     )
     return weights
 

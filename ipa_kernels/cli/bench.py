@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from .arguments import add_command, add_machine
+from .arguments import add_command, add_machine, whole_number
 
 UNETS = ("sd15", "sdxl", "tiny")
 """Of `architectures.MODELS`, which takes seconds to import."""
@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
         help="side of the picture, a multiple of 64 (default: what each UNet was made for)",
     )
     bench.add_argument(
-        "--rounds", metavar="N", type=_rounds, help="samples of each time, taken in turns (default: 20, with --quick 3)"
+        "--rounds", metavar="N", type=whole_number(1), help="samples of each time, taken in turns (default: 20, with --quick 3)"
     )
     bench.add_argument(
         "--quick", action="store_true", help="few rounds, without the first image; on a GPU sd15 alone unless --unet is given"
@@ -49,10 +49,4 @@ def add(commands: Any) -> None:
 def _size(text: str) -> int:
     if not text.isdecimal() or int(text) < 64 or int(text) % 64:
         raise argparse.ArgumentTypeError(f"needs a multiple of 64 from 64 up, got {text!r}")
-    return int(text)
-
-
-def _rounds(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"needs a whole number from 1 up, got {text!r}")
     return int(text)

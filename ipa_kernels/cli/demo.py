@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..commands.defaults import PROMPT, SCALE
 from .arguments import add_command, add_machine, add_weights, finite, seed, steps
 
 
@@ -19,9 +20,9 @@ def add(commands: Any) -> None:
     add_weights(demo)
     picture = demo.add_argument_group("the picture")
     picture.add_argument("--image", metavar="FILE", help="the reference picture (default: one drawn in code)")
-    picture.add_argument("--prompt", metavar="TEXT", default="a lighthouse by the sea at sunset", help="default: %(default)s")
+    picture.add_argument("--prompt", metavar="TEXT", default=PROMPT, help="default: %(default)s")
     picture.add_argument(
-        "--scale", metavar="X", type=finite, default=0.8, help="strength of the IP-Adapter (default: %(default)s)"
+        "--scale", metavar="X", type=finite, default=SCALE, help="strength of the IP-Adapter (default: %(default)s)"
     )
     picture.add_argument(
         "--steps", metavar="N", type=steps, default=20, help="denoising steps, at least 2 (default: %(default)s)"

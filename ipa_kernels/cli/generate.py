@@ -3,7 +3,8 @@
 import argparse
 from typing import Any
 
-from ..commands.pairing import DEFAULT_SCALE, Adapter
+from ..commands.defaults import SCALE
+from ..commands.pairing import Adapter
 from .arguments import WEIGHT_HELP, add_command, add_machine, add_model, finite, multiple_of_8, seed, whole_number
 
 _DESCRIPTION = """Generate one picture with IP-Adapters, accelerated: print what ran where and why and the time per step.
@@ -69,7 +70,7 @@ def add(commands: Any) -> None:
         nargs="+",
         type=finite,
         const="scales",
-        help=f"strength of the adapter, or of each masked image (default: {DEFAULT_SCALE})",
+        help=f"strength of the adapter, or of each masked image (default: {SCALE})",
         **of_adapter,
     )
     picture = generate.add_argument_group("the picture")

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..commands.defaults import PROMPT, SCALE
 from .arguments import add_command, add_machine, add_weights, finite, seed
 
 
@@ -35,11 +36,11 @@ def add(commands: Any) -> None:
         "weights, built in code. The same as --model PATH",
     )
     pipeline.add_argument("--image", metavar="FILE", help="the reference picture (default: one drawn in code)")
-    pipeline.add_argument("--prompt", metavar="TEXT", default="a lighthouse by the sea at sunset", help="default: %(default)s")
-    pipeline.add_argument(
-        "--scale", metavar="X", type=finite, default=0.8, help="strength of the IP-Adapter (default: %(default)s)"
-    )
+    pipeline.add_argument("--prompt", metavar="TEXT", help=f"default: {PROMPT}")
+    pipeline.add_argument("--scale", metavar="X", type=finite, help=f"strength of the IP-Adapter (default: {SCALE})")
     add_weights(verify)
+    # None where it was not given: the named cases have no use for it
+    verify.set_defaults(image_encoder=None)
     verify.add_argument("--seed", metavar="N", type=seed, help="of the random inputs (default: another in every run, printed)")
     verify.add_argument(
         "--impl",

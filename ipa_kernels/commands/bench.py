@@ -15,7 +15,8 @@ from ..measure import SLACK, machine_facts
 from ..unet_steps import measure
 from .errors import UserError
 from .files import check_overwriting, json_file, writable, written
-from .machine import available_device, check_switch, is_about_memory, threads
+from .findings import dtype_name
+from .machine import available_device, check_switch, chosen_dtype, is_about_memory, threads
 from .quiet import quiet
 from .step_table import step_table
 
@@ -53,7 +54,7 @@ def run(options: Options) -> int:
         document: dict[str, Any] = {
             "benchmark": "bench",
             "machine": machine_facts(device),
-            "dtype": options.dtype or ("float32" if device.type == "cpu" else "float16"),
+            "dtype": dtype_name(chosen_dtype(options.dtype, device)),
             "steps of an image": IMAGE_STEPS,
             "models": {},
         }
@@ -72,8 +73,8 @@ def run(options: Options) -> int:
         print(f"\n{step_table(name, document)}")
     print()
     if file is not None:
-        with written("--json", file):
-            file.write_text(json.dumps(document, indent=1) + "\n")
+        with written("--json", file) as part:
+            part.write_text(json.dumps(document, indent=1) + "\n")
         print(f"{file}: every number")
     print(_draw(document, output))
     return 0
@@ -171,6 +172,6 @@ def _draw(document: dict[str, Any], output: Path) -> str:
         from .step_chart import draw
     except ImportError as error:
         return f"no plot: {error}; what it needs: pip install 'ipa-kernels[cli]'"
-    with quiet(), written("--output", output):
-        draw(document).savefig(output)
+    with quiet(), written("--output", output) as part:
+        draw(document).savefig(part, format="png")
     return f"{output}: the plot"

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import UserError, why
@@ -25,6 +25,9 @@ def json_file(path: str | None) -> Path | None:
     file = Path(path)
     if file.is_dir() or not file.parent.is_dir():
         raise UserError(f"--json {path}: needs the name of a file in a folder that exists")
+    part = _part(file)
+    if not os.access(part if part == file else file.parent, os.W_OK):
+        raise UserError(f"--json {path}: cannot be written there")
     return file
 
 
@@ -37,9 +40,21 @@ def check_overwriting(outputs: Iterable[Path], given: Iterable[str | None]) -> N
 
 
 @contextmanager
-def written(option: str, path: Path) -> Iterator[None]:
-    """Raises UserError where what is in the block cannot write the file."""
+def written(option: str, path: Path) -> Iterator[Path]:
+    """What the block writes to, which is the file at its end: whole, or not there. Raises UserError where it cannot be."""
+    part = _part(path)
     try:
-        yield
+        yield part
+        part.replace(path)
     except OSError as error:
         raise UserError(f"{option} {path}: {why(error)}") from error
+    finally:
+        if part != path:
+            with suppress(OSError):
+                part.unlink()
+
+
+def _part(path: Path) -> Path:
+    """A name beside the file; a link stays one, and a device or a pipe has no place to take: they are written to themselves."""
+    stays = path.exists() and (path.is_symlink() or not path.is_file())
+    return path if stays else path.with_name(f"{path.name}.part")

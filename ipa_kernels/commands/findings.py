@@ -12,6 +12,7 @@ import torch
 
 from ..measure import first_line
 from ..reference import Comparison, kept
+from .machine import is_about_memory
 
 NAMES = {"triton": "the kernel", "eager": "eager attention", "stock": "diffusers' own code"}
 
@@ -81,8 +82,7 @@ class Checked:
 
 def failure(error: Exception) -> str:
     """Why something could not be verified."""
-    out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
-    return f"not enough memory: {first_line(error)}" if out_of_memory else first_line(error)
+    return f"not enough memory: {first_line(error)}" if is_about_memory(error) else first_line(error)
 
 
 def ratios(draws: Iterable[Comparison]) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 
 from .errors import UserError
 from .files import check_overwriting, writable
-from .generation import Request, Result, accelerate, compare, enough_memory, print_outcome
+from .generation import Request, Result, accelerate, check_size, compare, enough_memory, print_outcome
 from .loading import (
     TINY_ADAPTERS,
     Weights,
@@ -74,7 +74,7 @@ def run(options: Options) -> int:
         else:
             weights = [Weights(str(adapter.path), adapter.weight) for adapter in adapters]
             pipe = load_pipeline(options.model, weights, options.image_encoder, dtype)
-        arguments = _arguments(pipe, options, inputs)
+        arguments = _arguments(pipe, options, inputs, device)
         place(pipe, device, options.offload)
         pipe.set_ip_adapter_scale([adapter.scale for adapter in adapters])
         request = Request(pipe, device, arguments, options.steps, options.seed)
@@ -116,11 +116,14 @@ def _memory_advice(options: Options, device: torch.device, dtype: torch.dtype) -
     return advice
 
 
-def _arguments(pipe: Any, options: Options, inputs: list[Inputs]) -> dict[str, Any]:
-    """The arguments of pipe(...). Raises UserError for those that it does not take, and for masks of another shape."""
+def _arguments(pipe: Any, options: Options, inputs: list[Inputs], device: torch.device) -> dict[str, Any]:
+    """The arguments of pipe(...). Raises UserError for those that it does not take, and for masks of another shape, and
+    MemoryError for a picture that is too large.
+    """
     sample = pipe.unet.config.sample_size
     rows, columns = sample if isinstance(sample, (list, tuple)) else (sample, sample)
     width, height = options.width or columns * pipe.vae_scale_factor, options.height or rows * pipe.vae_scale_factor
+    check_size(pipe, device, width, height)
     arguments: dict[str, Any] = {
         "prompt": options.prompt,
         "ip_adapter_image": [adapter.images for adapter in inputs],

@@ -15,7 +15,7 @@ from PIL import Image
 from ..integration import accelerated
 from ..report import Report
 from .errors import UserError, why
-from .machine import is_about_memory
+from .machine import is_about_memory, memory_of
 from .pictures import largest_difference
 
 
@@ -87,6 +87,17 @@ def enough_memory(device: torch.device, advice: Sequence[str]) -> Iterator[None]
             raise
         helps = f"what would help: {', '.join(advice)}" if advice else "this needs another device"
         raise UserError(f"--device {device}: not enough memory; {helps} ({why(error)})") from error
+
+
+def check_size(pipe: Any, device: torch.device, width: int, height: int) -> None:
+    """Raises MemoryError where the last layer of the decoder alone, its input and its output, is more than the device has.
+
+    A CPU's allocator promises more than there is; the system then ends the process without a word.
+    """
+    channels = (getattr(pipe.vae.config, "block_out_channels", None) or (3,))[0]
+    needed, there = 2 * width * height * channels * pipe.vae.dtype.itemsize, memory_of(device)
+    if there is not None and needed > there:
+        raise MemoryError(f"a picture of {width}x{height} takes {needed / 1e9:.0f} GB to decode; there are {there / 1e9:.0f}")
 
 
 def _check_steps(request: Request) -> None:

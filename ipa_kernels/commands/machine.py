@@ -1,6 +1,7 @@
 """The device that a command runs on, the dtype, threads and memory. torch only."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -48,6 +49,17 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def memory_of(device: torch.device) -> int | None:
+    """The bytes that a device has, all in all; None where it is not known."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type != "cpu" or sys.platform == "win32":
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def is_about_memory(error: BaseException) -> bool:
-    """The CPU's allocator raises a RuntimeError like any other."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """The CPU's allocator raises a RuntimeError like any other, which begins in another way on Windows."""
+    said = str(error)
+    is_said = "allocate memory" in said or "you tried to allocate" in said
+    return is_said or isinstance(error, torch.OutOfMemoryError | MemoryError)

@@ -1,4 +1,4 @@
-"""The named cases (`cases.CASES`): random inputs through each implementation, against stock and float64. torch only."""
+"""The named cases (`NAMED`): random inputs through each implementation, against stock and float64. torch only."""
 
 import difflib
 import zlib
@@ -6,25 +6,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import reference
-from ..cases import CASES, Case
+from ..cases import BY_ROW, CASES, Case
 from ..ops import decoupled_attention
 from ..ops.arguments import check_arguments
 from ..ops.support import call_reasons
 from .errors import UserError
 from .findings import Checked, Finding, failure
 
+NAMED = CASES | BY_ROW
+
 
 def chosen(names: Sequence[str] | None) -> list[Case]:
     """The cases of --case, or all. Raises UserError for a name that there is not."""
     for name in names or ():
-        if name not in CASES:
-            near = difflib.get_close_matches(name, CASES, n=3) or [known for known in CASES if name in known]
+        if name not in NAMED:
+            near = difflib.get_close_matches(name, NAMED, n=3) or [known for known in NAMED if name in known]
             if not near:
-                raise UserError(f"--case {name}: there is no such case; the cases are: {', '.join(CASES)}")
+                raise UserError(f"--case {name}: there is no such case; the cases are: {', '.join(NAMED)}")
             raise UserError(f"--case {name}: there is no such case; near it: {', '.join(near)}")
-    return [CASES[name] for name in dict.fromkeys(names or CASES)]
+    return [NAMED[name] for name in dict.fromkeys(names or NAMED)]
 
 
 def check(case: Case, dtype: torch.dtype, device: torch.device, impl: str | None, seed: int) -> Checked:
@@ -43,7 +46,7 @@ def check(case: Case, dtype: torch.dtype, device: torch.device, impl: str | None
             findings["triton"] = Finding(error=no_kernel)
     if impl != "triton":
         findings["eager"] = _find(case, dtype, device, "eager", seed)
-    return Checked(case.name, f"{shape}{', masked' * case.masked}", dtype, findings, no_kernel)
+    return Checked(case.name, f"{shape}{', masked' * case.masked}{', by row' * case.by_row}", dtype, findings, no_kernel)
 
 
 def _find(case: Case, dtype: torch.dtype, device: torch.device, impl: str, seed: int) -> Finding:
@@ -65,14 +68,22 @@ def _draw(case: Case, dtype: torch.dtype, device: torch.device, impl: str, seed:
     options = {"image_scales": scales, "image_masks": masks}
     # before stock: memory that a kernel left unwritten must not hold the result of another
     result = decoupled_attention(*positional, **options, impl=impl)
-    stock = reference.stock_attention(*positional, **options)
+    stock = _stock(positional, scales, masks)
     if impl == "eager" and torch.equal(result, stock):
         return None
     return reference.compare_call({impl: result}, stock, *positional, **options)[impl]
 
 
 def _arguments(case: Case, dtype: torch.dtype, device: torch.device, seed: int) -> tuple[Any, ...]:
-    """In the order of `check_arguments`, other ones for every name; the scales are numbers, as diffusers has them."""
+    """In the order of `check_arguments`, other ones for every name; scales are numbers, as diffusers has them, or by row."""
     inputs = case.inputs(dtype, device, seed + zlib.crc32(case.name.encode()))
     tensors = inputs.query, inputs.key, inputs.value, inputs.image_keys, inputs.image_values
-    return *tensors, inputs.image_scales[0].tolist(), inputs.image_masks
+    return *tensors, inputs.image_scales if case.by_row else inputs.image_scales[0].tolist(), inputs.image_masks
+
+
+def _stock(tensors: Sequence[Any], scales: Tensor | list[float], masks: Sequence[Tensor | None]) -> Tensor:
+    """Of scales by row each row of what stock makes of all rows with the scales of that one: it has the same for all."""
+    if not isinstance(scales, Tensor):
+        return reference.stock_attention(*tensors, image_scales=scales, image_masks=masks)
+    rows = enumerate(scales.tolist())
+    return torch.stack([reference.stock_attention(*tensors, image_scales=own, image_masks=masks)[row] for row, own in rows])

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from .defaults import SCALE
 from .errors import UserError
-
-DEFAULT_SCALE = 0.8
 
 
 @dataclass
@@ -37,7 +36,7 @@ class Adapter:
     @property
     def scale(self) -> float | list[float]:
         """What `set_ip_adapter_scale` takes for this adapter: one number, or one per image."""
-        return self.scales if len(self.scales) > 1 else self.scales[0] if self.scales else DEFAULT_SCALE
+        return self.scales if len(self.scales) > 1 else self.scales[0] if self.scales else SCALE
 
 
 def check(adapters: list[Adapter]) -> None:

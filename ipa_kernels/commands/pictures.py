@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from .errors import UserError, why
+from .files import written
 
 
 def draw_reference() -> Image.Image:
@@ -79,13 +79,8 @@ def save(picture: Image.Image, path: Path, settings: str = "") -> None:
     text = PngInfo()
     if settings:
         text.add_itxt("ipa-kernels", settings)
-    part = path.with_name(f"{path.name}.part")
-    try:
+    with written("--output", path) as part:
         picture.save(part, "PNG", pnginfo=text)
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"--output {path}: {why(error)}") from error
 
 
 def _difference(stock: Image.Image, fused: Image.Image) -> Panel:

@@ -12,6 +12,7 @@ from ..cases import Case
 from ..measure import machine_facts
 from ..ops.support import allows_tf32, kernel_module, layer_reasons
 from . import named_cases
+from .defaults import IMAGE_ENCODER, PROMPT, SCALE
 from .errors import UserError
 from .files import json_file, written
 from .findings import Checked, dtype_name, ratios
@@ -23,6 +24,9 @@ from .verdict import summary
 
 _HEAD_DIM = 64
 """One that the kernel has on every device that it runs on."""
+
+_OF_PIPELINE: dict[str, Any] = {"prompt": PROMPT, "scale": SCALE, "image_encoder": IMAGE_ENCODER}
+"""Options that the named cases have no use for, and what a pipeline takes where they are not given."""
 
 _SLOW = ", which is what Triton's interpreter can run"
 
@@ -37,10 +41,10 @@ class Options:
     model: str | bool | None
     ip_adapter: str | None
     ip_adapter_weight: str | None
-    image_encoder: str
+    image_encoder: str | None
     image: str | None
-    prompt: str
-    scale: float
+    prompt: str | None
+    scale: float | None
     case: Sequence[str] | None
     quick: bool
     seed: int | None
@@ -91,8 +95,8 @@ def run(options: Options) -> int:
             "interpreted": interpreted,
         }
         document |= {"machine": facts, "seed": seed, what: [c.to_dict() for c in checked]}
-        with written("--json", file):
-            file.write_text(json.dumps(document, indent=1) + "\n")
+        with written("--json", file) as part:
+            part.write_text(json.dumps(document, indent=1) + "\n")
     return 0 if passed else 1
 
 
@@ -117,6 +121,7 @@ def _pipeline(
     except ImportError as error:
         raise UserError(f"--pipeline: {error}; what it needs: pip install 'ipa-kernels[diffusers]'") from error
     impl = options.impl or ("triton" if _is_interpreted() else "auto")
+    options = replace(options, **{name: value for name, value in _OF_PIPELINE.items() if getattr(options, name) is None})
     runs = [check(options, dtype, device, impl, seed) for dtype in dtypes]
     return [layer for checked, _ in runs for layer in checked], [report for _, report in runs]
 
@@ -151,12 +156,15 @@ def _check_options(options: Options) -> None:
         )
     if options.model is not None and (options.case or options.quick):
         raise UserError("--case and --quick: they are about the named cases; with --pipeline leave them out")
-    if options.model is None and options.image is not None:
-        raise UserError(f"--image {options.image}: it is for --pipeline; the named cases have random inputs")
-    if options.model is None and options.ip_adapter_weight is not None:
-        raise UserError(
-            f"--ip-adapter-weight {options.ip_adapter_weight}: it is for --pipeline; the named cases have no weights"
-        )
+    for option, given, instead in (
+        ("--image", options.image, "random inputs"),
+        ("--prompt", options.prompt, "random inputs"),
+        ("--scale", options.scale, "random inputs"),
+        ("--ip-adapter-weight", options.ip_adapter_weight, "no weights"),
+        ("--image-encoder", options.image_encoder, "no weights"),
+    ):
+        if options.model is None and given is not None:
+            raise UserError(f"{option} {given}: it is for --pipeline; the named cases have {instead}")
     if options.model is not None:
         check_switch()
 

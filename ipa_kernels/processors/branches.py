@@ -35,7 +35,7 @@ def problem(
     values: list[Tensor] = []
     scales: list[float] = []
     vectors: list[Tensor | None] = []
-    adapters = zip(images, processor.scale, masks or [None] * len(images), strict=True)
+    adapters = zip(images, processor.scale, of_adapters(masks, len(images)), strict=True)
     for adapter, (state, scale, mask) in enumerate(adapters):
         if all(s == 0 for s in scale) if isinstance(scale, list) else scale == 0:
             continue
@@ -64,8 +64,8 @@ def graph_problem(
     What was prepared for the step is read from where it is refilled (`buffers`); else it is projected in the graph.
     """
     text, images, masks = inputs
-    masks = masks or [None] * len(images)
-    counts = [None if mask is None else mask.shape[1] for mask in masks]
+    masks = of_adapters(masks, len(images))
+    counts = image_counts(masks)
     scales = layer.table.branches(counts)
     held = layer.held if layer.session.is_prepared else None
     if held is not None:
@@ -84,6 +84,16 @@ def graph_problem(
     return _checked(
         query, attn, keys, values, scales, mask_vectors(masks, query.shape[1], query.dtype, query.device), softmax_scale
     )
+
+
+def of_adapters(masks: list[Any] | None, adapters: int) -> list[Any]:
+    """A mask [1 or B, images, height, width] or None for each adapter."""
+    return masks or [None] * adapters
+
+
+def image_counts(masks: list[Any]) -> list[int | None]:
+    """The images of each mask; None where there is none, and all images of the adapter share one softmax."""
+    return [None if mask is None else mask.shape[1] for mask in masks]
 
 
 def projections(

@@ -16,6 +16,7 @@ from torch._dynamo import mark_static_address
 from ..conditioning import Snapshot, State, is_hooked, is_plain
 from ..session import Held, Layer
 from . import branches, projections
+from .layer import layer_of
 
 
 class Inputs(NamedTuple):
@@ -121,8 +122,7 @@ class Buffers:
     def are_current(self) -> bool:
         """Whether the layers are still those that the buffers were made for."""
         return self._places.are_current() and all(
-            attention.processor is processor and vars(processor).get("_ipa_layer") is layer
-            for attention, processor, layer in self._layers
+            attention.processor is processor and layer_of(processor) is layer for attention, processor, layer in self._layers
         )
 
     def fit(self, inputs: Inputs | None, anew: bool) -> bool:
@@ -170,7 +170,7 @@ class Buffers:
         with torch.no_grad():
             text, images = _layer_inputs(self._unet, inputs)
             for attention, processor, _ in self._layers:
-                found = branches.projections(processor, attention, text, images, _counts(inputs))
+                found = branches.projections(processor, attention, text, images, branches.image_counts(_masks(inputs)))
                 yield [(_rows(to_k(tokens)), _rows(to_v(tokens))) for tokens, to_k, to_v in found]
 
     def _fill(self, inputs: Inputs) -> None:
@@ -219,7 +219,7 @@ class Buffers:
 def _layers(places: Any) -> Iterator[tuple[Any, Any, Layer]]:
     """(attention, processor, layer) of everything that was taken over."""
     for attention in places.attentions.values():
-        layer = getattr(attention.processor, "__dict__", {}).get("_ipa_layer")
+        layer = layer_of(attention.processor)
         if layer is not None:
             yield attention, attention.processor, layer
 
@@ -234,11 +234,7 @@ def _layer_inputs(unet: Any, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
 
 
 def _masks(inputs: Inputs) -> list[Any]:
-    return inputs.masks or [None] * len(inputs.images)
-
-
-def _counts(inputs: Inputs) -> list[int | None]:
-    return [None if mask is None else mask.shape[1] for mask in _masks(inputs)]
+    return branches.of_adapters(inputs.masks, len(inputs.images))
 
 
 def _queries(unet: Any, inputs: Inputs) -> set[int]:

@@ -23,6 +23,7 @@ from ..ops.decoupled_attention import choose, record, run
 from ..ops.support import automatic_reasons, layer_reasons
 from ..session import Layer, Session, is_recorded
 from . import branches
+from .layer import layer_of
 from .ready import find, keep, photograph
 from .unusual import unusual
 
@@ -53,7 +54,7 @@ class _Fused:
         ip_adapter_masks: Any = None,
     ) -> Tensor:
         """diffusers' processor call: hidden_states [B, M, C] and (text, [image tokens, ...]) to [B, M, C]."""
-        layer: Layer | None = vars(self).get("_ipa_layer")
+        layer = layer_of(self)
         kind = _ours(self)
 
         def replaced() -> Tensor:
@@ -260,13 +261,13 @@ def is_new(processor: Any, session: Session) -> bool:
 
 def session_of(processor: Any) -> Session | None:
     """The session that a processor belongs to."""
-    layer = vars(processor).get("_ipa_layer")
+    layer = layer_of(processor)
     return None if layer is None else layer.session
 
 
 def take_over(processor: nn.Module, name: str, session: Session, undo: list[Callable[[], None]]) -> None:
     """Make a processor one of this session; `undo` gets what reverts that, before anything is changed."""
-    kind, layer = type(processor), vars(processor).get("_ipa_layer")
+    kind, layer = type(processor), layer_of(processor)
 
     def revert() -> None:
         session.taken.discard(processor)
