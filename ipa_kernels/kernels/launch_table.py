@@ -1,8 +1,8 @@
 """Launch parameters as data: which block sizes run where, and what is refused. No triton, no torch, no autotuner.
 
-Every row is compiled for its architectures without a GPU, at every head dim and at the lengths that need the most registers
-(`python -m benchmarks.compile_report`): shared memory within the device's limit, no spills in 16 bits and in TF32, 16 bytes per
-load and store in 16 bits. See docs/decisions/0002-launch-table.md. No row has been timed yet.
+Every row is compiled for its architectures without a GPU, at the lengths that need the most registers, in 16 bits at every head
+dim (`python -m benchmarks.compile_report`): shared memory within the device's limit, no spills in 16 bits and in TF32, 16 bytes
+per load and store in 16 bits. See docs/decisions/0002-launch-table.md. No row has been timed yet.
 """
 
 from collections.abc import Sequence
