@@ -84,150 +84,198 @@ class Captured(NamedTuple):
         return len(now) == len(self.tables) and all(map(operator.is_, now, self.tables))
 
 
+class Failed(NamedTuple):
+    """A shape that could not be captured, why, and of which UNet: while that is as it was, it is not tried again."""
+
+    reason: str
+    fingerprint: Fingerprint
+
+
+class Room(NamedTuple):
+    """What all graphs of a UNet share: a stream of its GPU to record on, and memory."""
+
+    stream: Any
+    pool: Any
+
+    @classmethod
+    def on(cls, device: torch.device) -> "Room":
+        """A new one."""
+        return cls(torch.cuda.Stream(device), torch.cuda.graph_pool_handle())  # type: ignore[no-untyped-call]
+
+
+class Step(NamedTuple):
+    """A step that has begun. state: the `Watch` of the UNet; forward: the UNet's own."""
+
+    state: Any
+    unet: Any
+    forward: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    @property
+    def device(self) -> Any:
+        """Of the latents; None where there are none."""
+        return getattr(steps.named(self.arguments, self.options).get("sample"), "device", None)
+
+    @property
+    def masks(self) -> Any:
+        """As they were given, or None."""
+        return (self.options.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
+
+    def run(self) -> Any:
+        """As ever."""
+        return self.forward(*self.arguments, **self.options)
+
+    def warm_up(self) -> Any:
+        """As it will be captured: kernels are compiled and workspaces allocated before. What is given stays as it is, for
+        another run: diffusers empties a list of residuals.
+        """
+        with self.state.captured():
+            return self.forward(*self.arguments, **pytree.tree_map(lambda leaf: leaf, self.options))
+
+
 class Graphs:
     """The graphs of one UNet; a copy or a pickle of them is empty."""
 
     def __init__(self) -> None:
         self.replays = 0
         self.reason = ""
-        self._pool: Any = None
-        self._captured: dict[Hashable, Captured | None] = {}
+        self._room: Room | None = None
+        # None: has run once
+        self._entries: dict[Hashable, Captured | Failed | None] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Graphs, ()
 
     def report(self) -> GraphReport:
         """What was captured and replayed; why the last step that was not replayed was not."""
-        return GraphReport(sum(entry is not None for entry in self._captured.values()), self.replays, self.reason)
+        return GraphReport(sum(isinstance(entry, Captured) for entry in self._entries.values()), self.replays, self.reason)
 
     def drop(self) -> None:
         """Forget every graph."""
-        self._captured = {}
+        self._entries, self._room = {}, None
 
     @staticmethod
-    def takes(device: torch.device) -> bool:
+    def takes(device: Any) -> bool:
         """Whether steps on a device can be captured."""
-        return is_supported(device)
+        return isinstance(device, torch.device) and device.type == "cuda"
 
-    def step(self, state: Any, unet: Any, run: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def step(
+        self, state: Any, unet: Any, forward: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
         """Run a step, in a graph where there is one or will be."""
-        self.reason = _reason(state, unet, arguments, options)
+        step = Step(state, unet, forward, arguments, options)
+        self.reason = self._reason(step)
         if self.reason:
-            return run(*arguments, **options)
-        plain_arguments, plain_options = _plain(arguments, options)
-        leaves, structure = pytree.tree_flatten((plain_arguments, plain_options))
-        key = _key(state, structure, leaves, options)
+            return step.run()
+        leaves, structure = pytree.tree_flatten(_plain(arguments, options))
+        key = _key(step, structure, leaves)
         if key is None:
             self.reason = (
                 "an argument of the UNet is neither a plain value nor a tensor on its device: such steps are not captured"
             )
-            return run(*arguments, **options)
-        entry = self._captured.get(key)
-        if entry is not None and not entry.addresses_are_still(state):
-            del self._captured[key]
-            entry = None
+            return step.run()
+        entry = self._entries.get(key)
+        if isinstance(entry, Failed):
+            if entry.fingerprint.addresses_are_still() and entry.fingerprint.is_still():
+                self.reason = entry.reason
+                return step.run()
+            del self._entries[key]
+        if key not in self._entries:
+            return self._warm_up(key, step)
+        if isinstance(entry, Captured):
+            return self._replay(key, entry, step, leaves)
+        return self._capture(key, step, leaves, structure)
+
+    def _reason(self, step: Step) -> str:
+        """Why a step cannot be captured or replayed, as far as that is seen without a graph."""
+        if not self.takes(step.device):
+            return f"device {step.device}: CUDA graphs need a CUDA GPU"
+        if torch.is_grad_enabled():
+            return "gradients: torch.no_grad() lifts this"
+        if torch.compiler.is_compiling() or step.unet._compiled_call_impl is not None:
+            return "torch.compile: a compiled UNet is captured by mode='reduce-overhead'"
+        if len(step.arguments) > 3:
+            return "more than three positional arguments of the UNet: keywords lift this"
+        if not all(layer.table.is_data for layer in step.state.layers()):
+            return "adapter scales that are not numbers, or do not fit the masks: such steps are not captured"
+        if not step.state.session.is_prepared:
+            return "prompt, images or masks of other sizes than the generation began with, or none: such steps are not captured"
+        return ""
+
+    def _warm_up(self, key: Hashable, step: Step) -> Any:
+        """The first step of a shape."""
+        if len(self._entries) >= GRAPHS:
+            self.reason = f"more than {GRAPHS} shapes: clear_cache(pipe) makes room"
+            return step.run()
+        try:
+            outputs = step.warm_up()
+        except UnsupportedError as error:
+            return self._fail(key, step, error)
+        self._entries[key] = None
+        return outputs
+
+    def _capture(self, key: Hashable, step: Step, leaves: list[Any], structure: Any) -> Any:
+        """The second step of a shape."""
+        place = hooked(step.unet)
+        if place is not None:
+            self.reason = f"hooks on {place}: a replay would not run them; removing them lifts this"
+            return step.run()
+        with torch.inference_mode(False):
+            # those that are made in inference mode could not be written to outside
+            own = [torch.empty_like(leaf).copy_(leaf) if _is_tensor(leaf) else leaf for leaf in leaves]
+        static, named = pytree.tree_unflatten(own, structure)
+        recorded = step._replace(arguments=static, options=_with_masks(named, step.masks))
+        fingerprint = Fingerprint(step.unet)
+        self._room = self._room or Room.on(step.device)
+        try:
+            with step.state.captured():
+                replay, outputs = capture(recorded.run, step.device, self._room)
+        except Exception as error:
+            # what was left unfinished may keep the memory
+            self._room = None
+            return self._fail(key, step, error)
+        inputs = [leaf for leaf in own if _is_tensor(leaf)]
+        self._entries[key] = Captured(replay, inputs, outputs, fingerprint, step.state.buffers, _tables(step.state))
+        replay()
+        self.replays += 1
+        return pytree.tree_map_only(Tensor, torch.clone, outputs)
+
+    def _replay(self, key: Hashable, entry: Captured, step: Step, leaves: list[Any]) -> Any:
+        """Any other step."""
+        if not entry.addresses_are_still(step.state):
+            del self._entries[key]
             self.reason = "weights, modules or buffers are others than when the graph was captured: it is captured anew"
-        if entry is None:
-            return self._first_or_second(state, unet, run, arguments, options, key, leaves, structure)
+            return self._warm_up(key, step)
         for own, given in zip(entry.inputs, filter(_is_tensor, leaves), strict=True):
             own.copy_(given)
         entry.replay()
         # while the GPU works: everything that Python passed on when the graph was captured
         if not entry.fingerprint.is_still():
-            del self._captured[key]
+            del self._entries[key]
             self.reason = "settings of a module are others than when the graph was captured: it is captured anew"
-            return run(*arguments, **options)
+            return step.run()
         self.replays += 1
         return pytree.tree_map_only(Tensor, torch.clone, entry.outputs)
 
-    def _first_or_second(
-        self,
-        state: Any,
-        unet: Any,
-        run: Callable[..., Any],
-        arguments: tuple[Any, ...],
-        options: dict[str, Any],
-        key: Hashable,
-        leaves: list[Any],
-        structure: Any,
-    ) -> Any:
-        if key not in self._captured:
-            if len(self._captured) >= GRAPHS:
-                self.reason = f"more than {GRAPHS} shapes: clear_cache(pipe) makes room"
-                return run(*arguments, **options)
-            # kernels are compiled and workspaces allocated before anything is captured
-            self._captured[key] = None
-            try:
-                with state.captured():
-                    return run(*arguments, **options)
-            except UnsupportedError as error:
-                self.reason = f"the step cannot be captured: {error}"
-                return run(*arguments, **options)
-        place = hooked(unet)
-        if place is not None:
-            self.reason = f"hooks on {place}: a replay would not run them; removing them lifts this"
-            return run(*arguments, **options)
-        with torch.inference_mode(False):
-            # those that are made in inference mode could not be written to outside
-            own = [torch.empty_like(leaf).copy_(leaf) if _is_tensor(leaf) else leaf for leaf in leaves]
-        masks = (options.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
-
-        def record() -> Any:
-            # anew each time: diffusers empties a list of residuals while it runs
-            static, named = pytree.tree_unflatten(own, structure)
-            return run(*static, **_with_masks(named, masks))
-
-        fingerprint = Fingerprint(unet)
-        if self._pool is None:
-            self._pool = new_pool()
-        try:
-            with state.captured():
-                replay, outputs = capture(record, self._pool)
-        except Exception as error:
-            self.reason = f"the step cannot be captured: {error}"
-            return run(*arguments, **options)
-        inputs = [leaf for leaf in own if _is_tensor(leaf)]
-        self._captured[key] = Captured(replay, inputs, outputs, fingerprint, state.buffers, _tables(state))
-        replay()
-        self.replays += 1
-        return pytree.tree_map_only(Tensor, torch.clone, outputs)
+    def _fail(self, key: Hashable, step: Step, error: Exception) -> Any:
+        self.reason = f"the step cannot be captured: {error}"
+        self._entries[key] = Failed(self.reason, Fingerprint(step.unet))
+        return step.run()
 
 
-def new_pool() -> Any:
-    """Memory that all graphs of a UNet share."""
-    return torch.cuda.graph_pool_handle()
-
-
-def capture(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
-    """(what replays it, its outputs): `run` as a CUDA graph."""
+def capture(run: Callable[[], Any], device: torch.device, room: Room) -> tuple[Callable[[], None], Any]:
+    """(what replays it, its outputs): `run` as a CUDA graph. The current device and stream are afterwards as before."""
     graph = torch.cuda.CUDAGraph()
-    # other threads may go on using the GPU
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with (
+        torch.cuda.device(device),
+        # torch leaves its own stream behind where a capture cannot be ended
+        torch.cuda.stream(torch.cuda.current_stream(device)),
+        # other threads may go on using the GPU
+        torch.cuda.graph(graph, pool=room.pool, stream=room.stream, capture_error_mode="thread_local"),
+    ):
         outputs = run()
     return graph.replay, outputs
-
-
-def is_supported(device: torch.device) -> bool:
-    """Whether steps on a device can be captured."""
-    return device.type == "cuda"
-
-
-def _reason(state: Any, unet: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
-    """Why a step cannot be captured or replayed, as far as that is seen without a graph."""
-    sample = steps.named(arguments, options).get("sample")
-    if not isinstance(sample, Tensor) or not is_supported(sample.device):
-        return f"device {getattr(sample, 'device', None)}: CUDA graphs need a CUDA GPU"
-    if torch.is_grad_enabled():
-        return "gradients: torch.no_grad() lifts this"
-    if torch.compiler.is_compiling() or unet._compiled_call_impl is not None:
-        return "torch.compile: a compiled UNet is captured by mode='reduce-overhead'"
-    if len(arguments) > 3:
-        return "more than three positional arguments of the UNet: keywords lift this"
-    if not all(layer.table.is_data for layer in state.layers()):
-        return "adapter scales that are not numbers, or do not fit the masks: such steps are not captured"
-    if not state.session.is_prepared:
-        return "prompt, images or masks of other sizes than the generation began with, or none: such steps are not captured"
-    return ""
 
 
 def _tables(state: Any) -> list[Tensor]:
@@ -262,7 +310,7 @@ def _with_masks(options: dict[str, Any], masks: Any) -> dict[str, Any]:
     )
 
 
-def _key(state: Any, structure: Any, leaves: list[Any], options: dict[str, Any]) -> Hashable | None:
+def _key(step: Step, structure: Any, leaves: list[Any]) -> Hashable | None:
     """Everything about the arguments, and about torch, that a graph is only valid for; None where that cannot be told."""
     device = next(leaf.device for leaf in leaves if _is_tensor(leaf))
     parts: list[Hashable] = []
@@ -275,7 +323,6 @@ def _key(state: Any, structure: Any, leaves: list[Any], options: dict[str, Any])
             parts.append((type(leaf).__name__, leaf))
         else:
             return None
-    masks = (options.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
     autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
     modes = allows_tf32(device), torch.is_inference_mode_enabled()
-    return (str(structure), tuple(parts), masks is None, autocast, modes, state.session.impl)
+    return (str(structure), tuple(parts), step.masks is None, autocast, modes, step.state.session.impl)
