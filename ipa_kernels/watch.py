@@ -186,9 +186,13 @@ class Watch:
         except (TypeError, ValueError, RuntimeError):
             # for the step to refuse, in diffusers' words
             return
+        self.put_buffers(new)
+
+    def put_buffers(self, buffers: Buffers) -> None:
+        """Let the layers have these, in the place of others. Whoever calls holds the turn."""
         self.drop_buffers()
-        self.buffers = new
-        new.hand_out()
+        self.buffers = buffers
+        buffers.hand_out()
 
     def drop_buffers(self) -> None:
         """Forget what was prepared, and the graphs that read it."""

@@ -3,15 +3,18 @@
 import copy
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from peft import LoraConfig
 from torch import Tensor
 
 import ipa_kernels
-from ipa_kernels import steps, watch
+from ipa_kernels import graphs, preparation, steps, watch
+from ipa_kernels.processors.buffers import Buffers
 
 from .test_compiled import MASKED, PLAIN, as_stock, whole
 from .zoo.adapters import load
@@ -379,6 +382,87 @@ def test_disable_in_the_middle_of_a_step() -> None:
     handle.remove()
     assert not steps.running()
     as_stock(pipe, twin, ("base",), Control())
+
+
+def test_a_hook_that_was_added_since() -> None:
+    """What cannot be filled anew is no silent success."""
+    pipe, _ = pair("sd", ("base",))
+    prepare(pipe, ("base",), seed=1)
+    held = buffers(pipe)
+    hook_on_a_layer(pipe, lambda text: text)
+    with pytest.raises(ValueError, match="expected a UNet without hooks around its layers, got one on attn2"):
+        prepare(pipe, ("base",), seed=2)
+    assert buffers(pipe) is held
+
+
+class Own(IPAdapterAttnProcessor2_0):
+    """A processor of a user."""
+
+
+def test_processors_of_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, twin = pair("sd", ("base",))
+    for each in (pipe, twin):
+        for processor in each.unet.attn_processors.values():
+            if isinstance(processor, IPAdapterAttnProcessor2_0):
+                processor.__class__ = Own
+    with pytest.raises(ValueError, match=r"expected IP-Adapter processors of diffusers' own, got others"):
+        prepare(pipe, ("base",))
+    assert not ipa_kernels.explain(pipe).enabled
+    ipa_kernels.graphed(pipe)
+    monkeypatch.setattr(graphs.Graphs, "takes", staticmethod(lambda device: True))
+    as_stock(pipe, twin, ("base",), Control())
+
+
+def test_a_prepare_that_fails_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it runs a step when the buffers are filled."""
+    pipe, twin = pair("sd", ("base",))
+    ipa_kernels.enable(pipe)
+    works = preparation._compile
+
+    def fails(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("of the step")
+
+    for held in (None, "those of the first"):
+        monkeypatch.setattr(preparation, "_compile", fails)
+        before = buffers(pipe)
+        assert (before is None) == (held is None)
+        with pytest.raises(torch.OutOfMemoryError):
+            prepare(pipe, ("base",), seed=2)
+        assert buffers(pipe) is before
+        monkeypatch.setattr(preparation, "_compile", works)
+        prepare(pipe, ("base",))
+    pipe.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    as_stock(pipe, twin, ("base",), Control(), seed=3)
+
+
+def test_everything_is_projected_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, _ = pair("sd", ("base",))
+    computed: list[Any] = []
+    compute = Buffers._compute
+
+    def counted(self: Any, inputs: Any) -> Any:
+        computed.append(inputs)
+        return compute(self, inputs)
+
+    monkeypatch.setattr(Buffers, "_compute", counted)
+    prepare(pipe, ("base",))
+    assert len(computed) == 1
+
+
+def test_the_random_numbers_of_the_gpu_that_the_unet_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, _ = pair("sd", ("base",))
+    forked: list[Any] = []
+
+    @contextmanager
+    def fork(devices: Any) -> Iterator[None]:
+        forked.append(devices)
+        yield
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork)
+    prepare(pipe, ("base",))
+    monkeypatch.setattr(preparation, "execution_device", lambda unet: torch.device("cuda:1"))
+    prepare(pipe, ("base",))
+    assert forked == [[], [torch.device("cuda:1")]]
 
 
 def test_perturbed_attention_leaves_its_processors_as_they_were() -> None:
