@@ -553,6 +553,33 @@ def test_a_direct_call_of_a_layer_remembers_nothing() -> None:
     assert ipa_kernels.explain(scene.unet).cache == before
 
 
+def one_step(unet: Any, timestep: int, text: Tensor, images: list[Tensor]) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = unet(seeded(3)(2, 4, 8, 8), timestep, text, added_cond_kwargs={"image_embeds": images}).sample
+    return found
+
+
+def test_an_interrupted_step_leaves_no_memory_to_the_next() -> None:
+    """torch runs no hooks for a KeyboardInterrupt."""
+    unet = build("bare-unet", ("base",)).unet
+    ipa_kernels.enable(unet)
+    inputs = seeded(2)(2, 77, 64), [seeded(4)(2, 1, 32)]
+    seen: list[object] = []
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = unet.up_blocks[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        one_step(unet, 900, *inputs)
+    handle.remove()
+    ipa_kernels.enable(unet, cache=False)
+    unet.mid_block.register_forward_pre_hook(lambda *arguments: seen.append(conditioning.active()))
+    one_step(unet, 800, *inputs)
+    assert seen == [None]
+    assert ipa_kernels.explain(unet).cache == (0, 0, 0)
+
+
 def test_two_pipelines_on_one_unet() -> None:
     pipe = build("sd", ("base",))
     other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)

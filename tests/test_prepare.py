@@ -15,11 +15,12 @@ from torch import Tensor
 import ipa_kernels
 from ipa_kernels import graphs, preparation, steps, watch
 from ipa_kernels.processors.buffers import Buffers
+from ipa_kernels.session import is_recorded
 
 from .test_compiled import MASKED, PLAIN, as_stock, whole
 from .zoo.adapters import load
 from .zoo.controls import Control
-from .zoo.generate import arguments, generate
+from .zoo.generate import arguments, generate, outcome, same
 from .zoo.pipelines import build
 
 BOTH = ("base", "plus")
@@ -382,6 +383,80 @@ def test_disable_in_the_middle_of_a_step() -> None:
     handle.remove()
     assert not steps.running()
     as_stock(pipe, twin, ("base",), Control())
+
+
+def test_an_interrupt_while_a_step_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, _ = pair("sd", ("base",))
+    prepare(pipe, ("base",))
+    state = watch.of(pipe.unet)
+
+    def interrupt(frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(state.turn, "take", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        generate(pipe, ("base",))
+    assert (state.running, state.loose, state.session.is_stepping) == (0, 0, False)
+
+
+def test_a_copy_that_is_made_in_a_step_runs_none() -> None:
+    pipe, _ = pair("sd", ("base",))
+    ipa_kernels.enable(pipe)
+    copies: list[Any] = []
+    handle = pipe.unet.mid_block.register_forward_pre_hook(lambda *arguments: copies.append(copy.deepcopy(pipe.unet)))
+    generate(pipe, ("base",), steps=1)
+    handle.remove()
+    state = watch.of(copies[0])
+    assert (state.running, state.loose) == (0, 0)
+
+
+def test_disable_in_another_thread_as_a_step_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, twin = pair("sd", ("base",))
+    ipa_kernels.graphed(pipe)
+    state = watch.of(pipe.unet)
+    reads = [state.graphs]
+
+    class Vanishing:
+        graphs = property(lambda self: reads.pop() if reads else None)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(state, name)
+
+    sample, text, added = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 64), {"image_embeds": [torch.randn(2, 1, 32)]}
+    monkeypatch.setattr(watch, "of", lambda unet: Vanishing())
+    with torch.no_grad():
+        found, expected = (each.unet(sample, 5, text, added_cond_kwargs=added).sample for each in (pipe, twin))
+    assert torch.equal(found, expected)
+
+
+def test_another_thread_runs_as_ever_while_a_graph_is_recorded() -> None:
+    """Its masks were not prepared, and need not be."""
+    pipe, twin = pair("sd", ("base",))
+    for each in (pipe, twin):
+        each.set_ip_adapter_scale(0.7)
+    expected = generate(twin, ("base",), MASKED[0])
+    ipa_kernels.enable(pipe)
+    state = watch.of(pipe.unet)
+    begun, recording = threading.Event(), threading.Event()
+    found: list[Tensor] = []
+
+    def pause(*arguments: Any) -> None:
+        begun.set()
+        recording.wait(20)
+
+    handle = pipe.unet.conv_in.register_forward_hook(pause)
+    thread = threading.Thread(target=lambda: found.append(outcome(pipe, ("base",), MASKED[0])))
+    thread.start()
+    begun.wait(20)
+    with state.captured():
+        with state.captured():
+            pass
+        recording.set()
+        thread.join()
+        assert is_recorded(state.session)
+    handle.remove()
+    assert not is_recorded(state.session)
+    assert same(found[0], expected)
 
 
 def test_a_hook_that_was_added_since() -> None:
