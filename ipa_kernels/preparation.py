@@ -86,6 +86,7 @@ def _fill(state: Any, unet: Any, given: tuple[Any, ...], options: dict[str, Any]
             "arguments: expected an ip_adapter_image for each adapter, and no scale of LoRAs in cross_attention_kwargs "
             "(set_adapters sets it to stay); the UNet was given something else"
         )
+    stream = steps.stream_of(inputs.sample)
     state.turn.take()
     before = buffers = state.buffers
     try:
@@ -93,10 +94,12 @@ def _fill(state: Any, unet: Any, given: tuple[Any, ...], options: dict[str, Any]
             misfit = buffers.misfit(inputs)
             if misfit is not None:
                 raise ValueError(f"{misfit}; clear_cache(pipe) drops the buffers, graphs are then compiled anew")
+            buffers.begin(stream)
             buffers.refill(inputs)
         else:
             buffers = watch.Buffers(unet, state.places, inputs)
             state.put_buffers(buffers)
+        buffers.end(stream)
         _compile(state, unet, given, options)
     except BaseException:
         if buffers is not before:

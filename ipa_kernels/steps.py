@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from .turn import is_running
 
 # the first parameters of every UNet's forward
@@ -13,11 +16,14 @@ NAMES = ("sample", "timestep", "encoder_hidden_states")
 
 
 class Step(NamedTuple):
-    """watch: of the UNet that runs it; has_turn: whether it holds the turn of that; frame: of the call of the UNet."""
+    """watch: of the UNet that runs it; has_turn: whether it holds the turn of that; frame: of the call of the UNet; stream: as
+    `stream_of` its latents.
+    """
 
     watch: Any
     has_turn: bool
     frame: FrameType
+    stream: Any
 
 
 class _Thread(threading.local):
@@ -63,6 +69,15 @@ def stop_if_asked(arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     """Raise `Stopped` within `first`."""
     if _THREAD.stops:
         raise Stopped(arguments, options)
+
+
+def stream_of(tensor: Any) -> Any:
+    """The CUDA stream on which a tensor is computed with now. None on other devices, and while a graph is recorded: before that
+    begins, all else is through.
+    """
+    if not isinstance(tensor, Tensor) or tensor.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.current_stream(tensor.device)
 
 
 @contextmanager

@@ -111,13 +111,13 @@ class Watch:
         if is_eager:
             self.take_over_new(unet, [])
         step = steps.named(arguments, options)
-        self._open(frame)
+        self._open(frame, steps.stream_of(step.get("sample")))
         follows = self._remember(step)
         self._write_scales(step)
         if steps.running()[-1].has_turn and not self.loose:
             self._refill(unet, arguments, step, follows)
 
-    def _open(self, frame: FrameType) -> None:
+    def _open(self, frame: FrameType, stream: Any) -> None:
         """Wait for the turn, where there is something to take turns for."""
         for step in steps.take_interrupted():
             step.watch._close(step)
@@ -130,7 +130,10 @@ class Watch:
             except BaseException:
                 self._count(-1, has_turn)
                 raise
-        steps.running().append(steps.Step(self, has_turn, frame))
+        steps.running().append(steps.Step(self, has_turn, frame, stream))
+        buffers = self.buffers
+        if has_turn and buffers is not None:
+            buffers.begin(stream)
 
     def _remember(self, step: dict[str, Any]) -> bool:
         """Open the memory, or close what a step that was interrupted left open; whether a generation goes on."""
@@ -140,7 +143,7 @@ class Watch:
             return False
         images = (step.get("added_cond_kwargs") or {}).get("image_embeds")
         tensors = [step.get("encoder_hidden_states"), *(images if isinstance(images, list) else [images])]
-        return memory.enter(step.get("timestep"), tuple(map(id, tensors)))
+        return memory.enter(step.get("timestep"), tuple(map(id, tensors)), steps.running()[-1].stream)
 
     def _refill(self, unet: nn.Module, arguments: tuple[Any, ...], step: dict[str, Any], follows: bool) -> None:
         """Let the step that begins read the buffers, if they can hold what it was given."""
@@ -181,7 +184,7 @@ class Watch:
         if step.has_turn:
             buffers = self.buffers
             if buffers is not None:
-                buffers.end()
+                buffers.end(step.stream)
             self.session.is_prepared = False
             self.turn.give()
         self._count(-1, step.has_turn)

@@ -3,6 +3,7 @@
 import gc
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import ipa_kernels
-from ipa_kernels import conditioning, tiny
+from ipa_kernels import conditioning, steps, tiny
 
 from .zoo.adapters import FACE_DIM, HIDDEN_TOKENS, seeded, set_face_embeddings
 from .zoo.controls import CONTROLS, Control, binary
@@ -578,6 +579,21 @@ def test_an_interrupted_step_leaves_no_memory_to_the_next() -> None:
     one_step(unet, 800, *inputs)
     assert seen == [None]
     assert ipa_kernels.explain(unet).cache == (0, 0, 0)
+
+
+def test_what_was_computed_on_another_stream_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It might not be there yet."""
+    unet = build("bare-unet", ("base",)).unet
+    ipa_kernels.enable(unet)
+    inputs = seeded(2)(2, 77, 64), [seeded(4)(2, 1, 32)]
+    hits = []
+    for timestep, stream in [(900, 1), (800, 2), (700, 1), (600, None)]:
+        current = None if stream is None else SimpleNamespace(cuda_stream=stream)
+        monkeypatch.setattr(steps, "stream_of", lambda tensor, current=current: current)
+        before = ipa_kernels.explain(unet).cache.hits
+        one_step(unet, timestep, *inputs)
+        hits.append(ipa_kernels.explain(unet).cache.hits > before)
+    assert hits == [False, False, True, False]
 
 
 def test_two_pipelines_on_one_unet() -> None:

@@ -4,6 +4,7 @@ import copy
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 import ipa_kernels
-from ipa_kernels import graphs, preparation, steps, watch
+from ipa_kernels import graphs, preparation, scales, steps, watch
 from ipa_kernels.processors.buffers import Buffers
 from ipa_kernels.session import is_recorded
 
@@ -457,6 +458,54 @@ def test_another_thread_runs_as_ever_while_a_graph_is_recorded() -> None:
     handle.remove()
     assert not is_recorded(state.session)
     assert same(found[0], expected)
+
+
+class Stream:
+    """A CUDA stream, as what it knows to be through."""
+
+    def __init__(self, number: int) -> None:
+        self.cuda_stream = number
+        self.through: set[int] = set()
+
+    def wait_event(self, event: Any) -> None:
+        self.through |= event.through
+
+    def record_event(self) -> Any:
+        return SimpleNamespace(through=set(self.through), synchronize=lambda: None)
+
+
+def test_what_graphs_read_is_written_after_all_steps_on_other_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among them steps that do not fit the buffers."""
+    pipe, _ = pair("sd", ("base",))
+    streams, begun = [Stream(0), Stream(1)], 0
+    current, late = streams[0], []
+    monkeypatch.setattr(steps, "stream_of", lambda tensor: current)
+    prepare(pipe, ("base",))
+
+    def run(*arguments: Any) -> None:
+        nonlocal begun
+        begun += 1
+        current.through.add(begun)
+
+    def watched(kind: Any, name: str) -> None:
+        write = getattr(kind, name)
+
+        def checked(self: Any, *arguments: Any) -> Any:
+            late.append(set(range(1, begun + 1)) - current.through)
+            return write(self, *arguments)
+
+        monkeypatch.setattr(kind, name, checked)
+
+    watched(scales.Table, "follow")
+    watched(Buffers, "_fill")
+    pipe.unet.conv_out.register_forward_hook(run)
+    other = Control(images=2)
+    for stream, control, seed in [(0, None, 1), (1, other, 1), (0, None, 5), (1, other, 1), (1, None, 1), (0, other, 1)]:
+        current = streams[stream]
+        generate(pipe, ("base",), control, seed=seed)
+    assert begun == 12
+    assert len(late) > 12
+    assert not any(late)
 
 
 def test_a_hook_that_was_added_since() -> None:

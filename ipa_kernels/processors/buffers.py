@@ -121,7 +121,6 @@ class Buffers:
             return False
         if not self.are_current() or self._hooked() is not None:
             return False
-        self._wait(inputs)
         if anew or not self._is_known(inputs):
             self._fill(inputs)
         elif _queries(self._unet, inputs) - self._sizes.keys():
@@ -131,20 +130,17 @@ class Buffers:
     def refill(self, inputs: Inputs) -> None:
         """Compute everything again, whatever is known. Raises ValueError as for new buffers."""
         self._refuse_hooks()
-        self._wait(inputs)
         self._fill(inputs)
 
-    def _wait(self, inputs: Inputs) -> None:
-        """The step before may still read them, perhaps on another stream."""
-        if self._used is not None:
-            torch.cuda.current_stream(inputs.sample.device).wait_event(self._used)
+    def begin(self, stream: Any) -> None:
+        """What reads or changes them begins, on a CUDA stream or None: after what ended last, perhaps on another stream."""
+        if self._used is not None and stream is not None:
+            stream.wait_event(self._used)
 
-    def end(self) -> None:
-        """A step has ended that may have read them."""
-        device = self._held[0].keys[0].device
-        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            self._used = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._used.record(torch.cuda.current_stream(device))
+    def end(self, stream: Any) -> None:
+        """What began has ended; whoever waits for the last of these has waited for all."""
+        if stream is not None:
+            self._used = stream.record_event()
 
     def _refuse_hooks(self) -> None:
         hooked = self._hooked()
@@ -164,7 +160,11 @@ class Buffers:
         return next((name for name, module in self._places.on_the_way() if is_hooked(module)), None)
 
     def drop(self) -> None:
-        """Take the buffers away from the layers."""
+        """Take the buffers away from the layers, when no stream reads them any more: their memory is that of the one they were
+        made on.
+        """
+        if self._used is not None:
+            self._used.synchronize()
         for _, _, layer in self._layers:
             layer.held = None
 
