@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import steps
 from .fingerprint import Fingerprint, hooked
 from .integration import enable, explain, unet_of, watch_module
 from .ops import UnsupportedError
-from .ops.support import allows_tf32
 from .report import GraphReport, Report
+from .unet_call import Call, is_tensor
 
 GRAPHS = 8
 """The most shapes of steps that are captured for one UNet."""
@@ -103,37 +102,6 @@ class Room(NamedTuple):
         return cls(torch.cuda.Stream(device), torch.cuda.graph_pool_handle())  # type: ignore[no-untyped-call]
 
 
-class Step(NamedTuple):
-    """A step that has begun. state: the `Watch` of the UNet; forward: the UNet's own."""
-
-    state: Any
-    unet: Any
-    forward: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]
-
-    @property
-    def device(self) -> Any:
-        """Of the latents; None where there are none."""
-        return getattr(steps.named(self.arguments, self.options).get("sample"), "device", None)
-
-    @property
-    def masks(self) -> Any:
-        """As they were given, or None."""
-        return (self.options.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
-
-    def run(self) -> Any:
-        """As ever."""
-        return self.forward(*self.arguments, **self.options)
-
-    def warm_up(self) -> Any:
-        """As it will be captured: kernels are compiled and workspaces allocated before. What is given stays as it is, for
-        another run: diffusers empties a list of residuals.
-        """
-        with self.state.captured():
-            return self.forward(*self.arguments, **pytree.tree_map(lambda leaf: leaf, self.options))
-
-
 class Graphs:
     """The graphs of one UNet; a copy or a pickle of them is empty."""
 
@@ -164,104 +132,103 @@ class Graphs:
         self, state: Any, unet: Any, forward: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> Any:
         """Run a step, in a graph where there is one or will be."""
-        step = Step(state, unet, forward, arguments, options)
-        self.reason = self._reason(step)
+        call = Call(state, unet, forward, arguments, options)
+        self.reason = self._reason(call)
         if self.reason:
-            return step.run()
-        leaves, structure = pytree.tree_flatten(_plain(arguments, options))
-        key = _key(step, structure, leaves)
+            return call.run()
+        leaves, structure = call.flat()
+        key = call.key(leaves, structure)
         if key is None:
             self.reason = (
                 "an argument of the UNet is neither a plain value nor a tensor on its device: such steps are not captured"
             )
-            return step.run()
+            return call.run()
         entry = self._entries.get(key)
         if isinstance(entry, Failed):
             if entry.fingerprint.addresses_are_still() and entry.fingerprint.is_still():
                 self.reason = entry.reason
-                return step.run()
+                return call.run()
             del self._entries[key]
         if key not in self._entries:
-            return self._warm_up(key, step)
+            return self._warm_up(key, call)
         if isinstance(entry, Captured):
-            return self._replay(key, entry, step, leaves)
-        return self._capture(key, step, leaves, structure)
+            return self._replay(key, entry, call, leaves)
+        return self._capture(key, call, leaves, structure)
 
-    def _reason(self, step: Step) -> str:
+    def _reason(self, call: Call) -> str:
         """Why a step cannot be captured or replayed, as far as that is seen without a graph."""
-        if not self.takes(step.device):
-            return f"device {step.device}: CUDA graphs need a CUDA GPU"
+        if not self.takes(call.device):
+            return f"device {call.device}: CUDA graphs need a CUDA GPU"
         if torch.is_grad_enabled():
             return "gradients: torch.no_grad() lifts this"
-        if torch.compiler.is_compiling() or step.unet._compiled_call_impl is not None:
+        if torch.compiler.is_compiling() or call.unet._compiled_call_impl is not None:
             return "torch.compile: a compiled UNet is captured by mode='reduce-overhead'"
-        if len(step.arguments) > 3:
+        if len(call.arguments) > 3:
             return "more than three positional arguments of the UNet: keywords lift this"
-        if not all(layer.table.is_data for layer in step.state.layers()):
+        if not all(layer.table.is_data for layer in call.state.layers()):
             return "adapter scales that are not numbers, or do not fit the masks: such steps are not captured"
-        if not step.state.session.is_prepared:
+        if not call.state.session.is_prepared:
             return "prompt, images or masks of other sizes than the generation began with, or none: such steps are not captured"
         return ""
 
-    def _warm_up(self, key: Hashable, step: Step) -> Any:
+    def _warm_up(self, key: Hashable, call: Call) -> Any:
         """The first step of a shape."""
         if len(self._entries) >= GRAPHS:
             self.reason = f"more than {GRAPHS} shapes: clear_cache(pipe) makes room"
-            return step.run()
+            return call.run()
         try:
-            outputs = step.warm_up()
+            outputs = call.warm_up()
         except UnsupportedError as error:
-            return self._fail(key, step, error)
+            return self._fail(key, call, error)
         self._entries[key] = None
         return outputs
 
-    def _capture(self, key: Hashable, step: Step, leaves: list[Any], structure: Any) -> Any:
+    def _capture(self, key: Hashable, call: Call, leaves: list[Any], structure: Any) -> Any:
         """The second step of a shape."""
-        place = hooked(step.unet)
+        place = hooked(call.unet)
         if place is not None:
             self.reason = f"hooks on {place}: a replay would not run them; removing them lifts this"
-            return step.run()
+            return call.run()
         with torch.inference_mode(False):
             # those that are made in inference mode could not be written to outside
-            own = [torch.empty_like(leaf).copy_(leaf) if _is_tensor(leaf) else leaf for leaf in leaves]
-        static, named = pytree.tree_unflatten(own, structure)
-        recorded = step._replace(arguments=static, options=_with_masks(named, step.masks))
-        fingerprint = Fingerprint(step.unet)
-        self._room = self._room or Room.on(step.device)
+            own = [torch.empty_like(leaf).copy_(leaf) if is_tensor(leaf) else leaf for leaf in leaves]
+        recorded = call.given(own, structure)
+        fingerprint = Fingerprint(call.unet)
+        self._room = self._room or Room.on(call.device)
         try:
-            with step.state.captured():
-                replay, outputs = capture(recorded.run, step.device, self._room)
+            with call.state.captured():
+                replay, outputs = capture(recorded.run, call.device, self._room)
         except Exception as error:
             # what was left unfinished may keep the memory
             self._room = None
-            return self._fail(key, step, error)
-        inputs = [leaf for leaf in own if _is_tensor(leaf)]
-        self._entries[key] = Captured(replay, inputs, outputs, fingerprint, step.state.buffers, _tables(step.state))
+            return self._fail(key, call, error)
+        inputs = [leaf for leaf in own if is_tensor(leaf)]
+        self._entries[key] = Captured(replay, inputs, outputs, fingerprint, call.state.buffers, _tables(call.state))
         replay()
         self.replays += 1
         return pytree.tree_map_only(Tensor, torch.clone, outputs)
 
-    def _replay(self, key: Hashable, entry: Captured, step: Step, leaves: list[Any]) -> Any:
+    def _replay(self, key: Hashable, entry: Captured, call: Call, leaves: list[Any]) -> Any:
         """Any other step."""
-        if not entry.addresses_are_still(step.state):
+        if not entry.addresses_are_still(call.state):
             del self._entries[key]
             self.reason = "weights, modules or buffers are others than when the graph was captured: it is captured anew"
-            return self._warm_up(key, step)
-        for own, given in zip(entry.inputs, filter(_is_tensor, leaves), strict=True):
+            return self._warm_up(key, call)
+        for own, given in zip(entry.inputs, filter(is_tensor, leaves), strict=True):
             own.copy_(given)
         entry.replay()
         # while the GPU works: everything that Python passed on when the graph was captured
         if not entry.fingerprint.is_still():
             del self._entries[key]
             self.reason = "settings of a module are others than when the graph was captured: it is captured anew"
-            return step.run()
+            return call.run()
         self.replays += 1
         return pytree.tree_map_only(Tensor, torch.clone, entry.outputs)
 
-    def _fail(self, key: Hashable, step: Step, error: Exception) -> Any:
+    def _fail(self, key: Hashable, call: Call, error: Exception) -> Any:
         self.reason = f"the step cannot be captured: {error}"
-        self._entries[key] = Failed(self.reason, Fingerprint(step.unet))
-        return step.run()
+        self._entries[key] = Failed(self.reason, Fingerprint(call.unet))
+        return call.run()
 
 
 def capture(run: Callable[[], Any], device: torch.device, room: Room) -> tuple[Callable[[], None], Any]:
@@ -280,49 +247,3 @@ def capture(run: Callable[[], Any], device: torch.device, room: Room) -> tuple[C
 
 def _tables(state: Any) -> list[Tensor]:
     return [layer.table.tensor for layer in state.layers()]
-
-
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor)
-
-
-def _plain(arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with the timestep as a tensor on the device of the latents, and without masks.
-
-    A number would stay the same in every replay, and a graph reads what the buffers hold of masks.
-    """
-    named = steps.named(arguments, options)
-    sample, timestep = named["sample"], named["timestep"]
-    if not isinstance(timestep, Tensor):
-        # as `UNet2DConditionModel.get_time_embed`
-        timestep = torch.tensor(timestep, dtype=torch.float64 if isinstance(timestep, float) else torch.int64)
-    timestep = (timestep[None] if timestep.ndim == 0 else timestep).to(sample.device)
-    options = _with_masks(options, None)
-    if len(arguments) > 1:
-        return (arguments[0], timestep, *arguments[2:]), options
-    return arguments, {**options, "timestep": timestep}
-
-
-def _with_masks(options: dict[str, Any], masks: Any) -> dict[str, Any]:
-    given = options.get("cross_attention_kwargs") or {}
-    return (
-        {**options, "cross_attention_kwargs": {**given, "ip_adapter_masks": masks}} if "ip_adapter_masks" in given else options
-    )
-
-
-def _key(step: Step, structure: Any, leaves: list[Any]) -> Hashable | None:
-    """Everything about the arguments, and about torch, that a graph is only valid for; None where that cannot be told."""
-    device = next(leaf.device for leaf in leaves if _is_tensor(leaf))
-    parts: list[Hashable] = []
-    for leaf in leaves:
-        if _is_tensor(leaf):
-            if leaf.device != device:
-                return None
-            parts.append((tuple(leaf.shape), leaf.dtype, leaf.device))
-        elif isinstance(leaf, bool | int | float | str | None):
-            parts.append((type(leaf).__name__, leaf))
-        else:
-            return None
-    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-    modes = allows_tf32(device), torch.is_inference_mode_enabled()
-    return (str(structure), tuple(parts), step.masks is None, autocast, modes, step.state.session.impl)
