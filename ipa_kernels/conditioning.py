@@ -78,19 +78,27 @@ class _Value:
         return self.state.marks == state.marks and self.versions == [tensor._version for tensor in self.tensors()]
 
 
-class _Sources(dict[int, _Source]):
-    """By the ids of their tensors. One that can be referred to weakly: what its sources hold of it would be a cycle."""
+class _Active(threading.local):
+    """The memory of the UNet that runs in this thread, and its CUDA stream: direct calls of its layers remember nothing."""
+
+    memory: "Memory | None" = None
+    stream: object = None
+
+
+_ACTIVE = _Active()
+
+_Key = tuple[int, object]
+
+
+class _Sources(dict[_Key, _Source]):
+    """By `_key` of their tensors. One that can be referred to weakly: what its sources hold of it would be a cycle."""
 
     __slots__ = ("__weakref__",)
 
 
-class _Active(threading.local):
-    """The memory of the UNet that runs in this thread: direct calls of its layers remember nothing."""
-
-    memory: "Memory | None" = None
-
-
-_ACTIVE = _Active()
+def _key(source: object) -> _Key:
+    """The identity of a source, and the stream that this thread's step runs on."""
+    return id(source), _ACTIVE.stream
 
 
 class Memory:
@@ -107,9 +115,12 @@ class Memory:
         self._sources = _Sources()
         self._schedule = _Schedule()
 
-    def enter(self, timestep: Any, condition: tuple[int, ...]) -> bool:
+    def enter(self, timestep: Any, condition: tuple[int, ...], stream: Any = None) -> bool:
         """A step of the UNet begins, for the tensors with the ids of `condition`; `leave` ends it. Whether it goes on with a
         generation.
+
+        stream: the CUDA stream that it runs on, if any. What was computed on one is found on no other, where it might be read
+        before it is there, or after its memory was given away.
 
         A timestep that does not follow the one before begins a new generation, and everything is forgotten: a weight may have
         been edited in a way that no version shows (`weight.data`).
@@ -119,12 +130,14 @@ class Memory:
             self.forget()
         hooked = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
         _ACTIVE.memory = None if torch.is_grad_enabled() or hooked or _is_recorded() else self
+        _ACTIVE.stream = None if stream is None else stream.cuda_stream
         return follows
 
     @staticmethod
     def leave() -> None:
         """The step has ended, whether it returned or raised."""
         _ACTIVE.memory = None
+        _ACTIVE.stream = None
 
     @staticmethod
     @contextmanager
@@ -149,7 +162,7 @@ class Memory:
             self.unkept += 1
             return compute()
         sources = self._sources
-        found = sources.get(id(source))
+        found = sources.get(_key(source))
         if found is None or not found.is_still(source):
             found = self._source(sources, source)
         device = source.device.type
@@ -168,16 +181,16 @@ class Memory:
 
     def call(self, source: object, key: object) -> Any:
         """What `keep_call` kept for this tensor as it is now, or None."""
-        found = self._sources.get(id(source))
+        found = self._sources.get(_key(source))
         return None if found is None or not found.is_still(source) else found.calls.get(key)
 
     def keep_call(self, text: Tensor, others: tuple[Tensor, ...], key: object, call: Any) -> None:
         """Keep a whole call of a layer for as long as values of its text, and of the images and masks beside it, are kept."""
-        found = self._sources.get(id(text))
+        found = self._sources.get(_key(text))
         if found is None or not found.is_still(text):
             return
         for other in others:
-            source = self._sources.get(id(other))
+            source = self._sources.get(_key(other))
             if source is not None and all(entry[1] != key or entry[0] is not found for entry in source.others):
                 source.others.append((found, key))
         found.calls[key] = call
@@ -195,7 +208,7 @@ class Memory:
 
     @staticmethod
     def _source(sources: _Sources, tensor: Tensor) -> _Source:
-        key, where = id(tensor), weakref.ref(sources)
+        key, where = _key(tensor), weakref.ref(sources)
 
         def forget(reference: Any) -> None:
             known = where()

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import steps
 from .fingerprint import Fingerprint, hooked
 from .integration import enable, explain, unet_of, watch_module
 from .ops import UnsupportedError
-from .ops.support import allows_tf32
 from .report import GraphReport, Report
+from .unet_call import Call, is_tensor
 
 GRAPHS = 8
 """The most shapes of steps that are captured for one UNet."""
@@ -85,198 +84,167 @@ class Captured(NamedTuple):
         return len(now) == len(self.tables) and all(map(operator.is_, now, self.tables))
 
 
+class Failed(NamedTuple):
+    """A shape that could not be captured, why, and of which UNet: while that is as it was, it is not tried again."""
+
+    reason: str
+    fingerprint: Fingerprint
+
+
+class Room(NamedTuple):
+    """What all graphs of a UNet share: a stream of its GPU to record on, and memory."""
+
+    stream: Any
+    pool: Any
+
+    @classmethod
+    def on(cls, device: torch.device) -> "Room":
+        """A new one."""
+        return cls(torch.cuda.Stream(device), torch.cuda.graph_pool_handle())  # type: ignore[no-untyped-call]
+
+
 class Graphs:
     """The graphs of one UNet; a copy or a pickle of them is empty."""
 
     def __init__(self) -> None:
         self.replays = 0
         self.reason = ""
-        self._pool: Any = None
-        self._captured: dict[Hashable, Captured | None] = {}
+        self._room: Room | None = None
+        # None: has run once
+        self._entries: dict[Hashable, Captured | Failed | None] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Graphs, ()
 
     def report(self) -> GraphReport:
         """What was captured and replayed; why the last step that was not replayed was not."""
-        return GraphReport(sum(entry is not None for entry in self._captured.values()), self.replays, self.reason)
+        return GraphReport(sum(isinstance(entry, Captured) for entry in self._entries.values()), self.replays, self.reason)
 
     def drop(self) -> None:
         """Forget every graph."""
-        self._captured = {}
+        self._entries, self._room = {}, None
 
     @staticmethod
-    def takes(device: torch.device) -> bool:
+    def takes(device: Any) -> bool:
         """Whether steps on a device can be captured."""
-        return is_supported(device)
+        return isinstance(device, torch.device) and device.type == "cuda"
 
-    def step(self, state: Any, unet: Any, run: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def step(
+        self, state: Any, unet: Any, forward: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
         """Run a step, in a graph where there is one or will be."""
-        self.reason = _reason(state, unet, arguments, options)
+        call = Call(state, unet, forward, arguments, options)
+        self.reason = self._reason(call)
         if self.reason:
-            return run(*arguments, **options)
-        plain_arguments, plain_options = _plain(arguments, options)
-        leaves, structure = pytree.tree_flatten((plain_arguments, plain_options))
-        key = _key(state, structure, leaves, options)
+            return call.run()
+        leaves, structure = call.flat()
+        key = call.key(leaves, structure)
         if key is None:
             self.reason = (
                 "an argument of the UNet is neither a plain value nor a tensor on its device: such steps are not captured"
             )
-            return run(*arguments, **options)
-        entry = self._captured.get(key)
-        if entry is not None and not entry.addresses_are_still(state):
-            del self._captured[key]
-            entry = None
-            self.reason = "weights, modules or buffers have changed since the graph was captured: it is captured anew"
-        if entry is None:
-            return self._first_or_second(state, unet, run, arguments, options, key, leaves, structure)
-        for own, given in zip(entry.inputs, filter(_is_tensor, leaves), strict=True):
-            own.copy_(given)
-        entry.replay()
-        # while the GPU works: everything that Python passed on when the graph was captured
-        if not entry.fingerprint.is_still():
-            del self._captured[key]
-            self.reason = "settings of a module have changed since the graph was captured: it is captured anew"
-            return run(*arguments, **options)
-        self.replays += 1
-        return pytree.tree_map_only(Tensor, torch.clone, entry.outputs)
+            return call.run()
+        entry = self._entries.get(key)
+        if isinstance(entry, Failed):
+            if entry.fingerprint.addresses_are_still() and entry.fingerprint.is_still():
+                self.reason = entry.reason
+                return call.run()
+            del self._entries[key]
+        if key not in self._entries:
+            return self._warm_up(key, call)
+        if isinstance(entry, Captured):
+            return self._replay(key, entry, call, leaves)
+        return self._capture(key, call, leaves, structure)
 
-    def _first_or_second(
-        self,
-        state: Any,
-        unet: Any,
-        run: Callable[..., Any],
-        arguments: tuple[Any, ...],
-        options: dict[str, Any],
-        key: Hashable,
-        leaves: list[Any],
-        structure: Any,
-    ) -> Any:
-        if key not in self._captured:
-            if len(self._captured) >= GRAPHS:
-                self.reason = f"more than {GRAPHS} shapes: clear_cache(pipe) makes room"
-                return run(*arguments, **options)
-            # kernels are compiled and workspaces allocated before anything is captured
-            self._captured[key] = None
-            try:
-                with state.captured():
-                    return run(*arguments, **options)
-            except UnsupportedError as error:
-                self.reason = f"the step cannot be captured: {error}"
-                return run(*arguments, **options)
-        place = hooked(unet)
+    def _reason(self, call: Call) -> str:
+        """Why a step cannot be captured or replayed, as far as that is seen without a graph."""
+        if not self.takes(call.device):
+            return f"device {call.device}: CUDA graphs need a CUDA GPU"
+        if torch.is_grad_enabled():
+            return "gradients: a step that is differentiated is not captured; use torch.no_grad()"
+        if torch.compiler.is_compiling() or call.unet._compiled_call_impl is not None:
+            return "torch.compile: a compiled UNet is captured by mode='reduce-overhead'"
+        if len(call.arguments) > 3:
+            return "more than three positional arguments of the UNet: such steps are not captured; pass keywords"
+        if not all(layer.table.is_data for layer in call.state.layers()):
+            return "adapter scales that are not numbers, or do not fit the masks: such steps are not captured"
+        if not call.state.session.is_prepared:
+            return "prompt, images or masks of other sizes than the generation began with, or none: such steps are not captured"
+        return ""
+
+    def _warm_up(self, key: Hashable, call: Call) -> Any:
+        """The first step of a shape."""
+        if len(self._entries) >= GRAPHS:
+            self.reason = f"more than {GRAPHS} shapes: clear_cache(pipe) makes room"
+            return call.run()
+        try:
+            outputs = call.warm_up()
+        except UnsupportedError as error:
+            return self._fail(key, call, error)
+        self._entries[key] = None
+        return outputs
+
+    def _capture(self, key: Hashable, call: Call, leaves: list[Any], structure: Any) -> Any:
+        """The second step of a shape."""
+        place = hooked(call.unet)
         if place is not None:
             self.reason = f"hooks on {place}: a replay would not run them; remove them"
-            return run(*arguments, **options)
+            return call.run()
         with torch.inference_mode(False):
             # those that are made in inference mode could not be written to outside
-            own = [torch.empty_like(leaf).copy_(leaf) if _is_tensor(leaf) else leaf for leaf in leaves]
-        masks = (options.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
-
-        def record() -> Any:
-            # anew each time: diffusers empties a list of residuals while it runs
-            static, named = pytree.tree_unflatten(own, structure)
-            return run(*static, **_with_masks(named, masks))
-
-        fingerprint = Fingerprint(unet)
-        if self._pool is None:
-            self._pool = new_pool()
+            own = [torch.empty_like(leaf).copy_(leaf) if is_tensor(leaf) else leaf for leaf in leaves]
+        recorded = call.given(own, structure)
+        fingerprint = Fingerprint(call.unet)
+        self._room = self._room or Room.on(call.device)
         try:
-            with state.captured():
-                replay, outputs = capture(record, self._pool)
+            with call.state.captured():
+                replay, outputs = capture(recorded.run, call.device, self._room)
         except Exception as error:
-            self.reason = f"the step cannot be captured: {error}"
-            return run(*arguments, **options)
-        inputs = [leaf for leaf in own if _is_tensor(leaf)]
-        self._captured[key] = Captured(replay, inputs, outputs, fingerprint, state.buffers, _tables(state))
+            # what was left unfinished may keep the memory
+            self._room = None
+            return self._fail(key, call, error)
+        inputs = [leaf for leaf in own if is_tensor(leaf)]
+        self._entries[key] = Captured(replay, inputs, outputs, fingerprint, call.state.buffers, _tables(call.state))
         replay()
         self.replays += 1
         return pytree.tree_map_only(Tensor, torch.clone, outputs)
 
+    def _replay(self, key: Hashable, entry: Captured, call: Call, leaves: list[Any]) -> Any:
+        """Any other step."""
+        if not entry.addresses_are_still(call.state):
+            del self._entries[key]
+            self.reason = "weights, modules or buffers have changed since the graph was captured: it is captured anew"
+            return self._warm_up(key, call)
+        for own, given in zip(entry.inputs, filter(is_tensor, leaves), strict=True):
+            own.copy_(given)
+        entry.replay()
+        # while the GPU works: everything that Python passed on when the graph was captured
+        if not entry.fingerprint.is_still():
+            del self._entries[key]
+            self.reason = "settings of a module have changed since the graph was captured: it is captured anew"
+            return call.run()
+        self.replays += 1
+        return pytree.tree_map_only(Tensor, torch.clone, entry.outputs)
 
-def new_pool() -> Any:
-    """Memory that all graphs of a UNet share."""
-    return torch.cuda.graph_pool_handle()
+    def _fail(self, key: Hashable, call: Call, error: Exception) -> Any:
+        self.reason = f"the step cannot be captured: {error}"
+        self._entries[key] = Failed(self.reason, Fingerprint(call.unet))
+        return call.run()
 
 
-def capture(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
-    """(what replays it, its outputs): `run` as a CUDA graph."""
+def capture(run: Callable[[], Any], device: torch.device, room: Room) -> tuple[Callable[[], None], Any]:
+    """(what replays it, its outputs): `run` as a CUDA graph. The current device and stream are afterwards as before."""
     graph = torch.cuda.CUDAGraph()
-    # other threads may go on using the GPU
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with (
+        torch.cuda.device(device),
+        # torch leaves its own stream behind where a capture cannot be ended
+        torch.cuda.stream(torch.cuda.current_stream(device)),
+        # other threads may go on using the GPU
+        torch.cuda.graph(graph, pool=room.pool, stream=room.stream, capture_error_mode="thread_local"),
+    ):
         outputs = run()
     return graph.replay, outputs
 
 
-def is_supported(device: torch.device) -> bool:
-    """Whether steps on a device can be captured."""
-    return device.type == "cuda"
-
-
-def _reason(state: Any, unet: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
-    """Why a step cannot be captured or replayed, as far as that is seen without a graph."""
-    sample = steps.named(arguments, options).get("sample")
-    if not isinstance(sample, Tensor) or not is_supported(sample.device):
-        return f"device {getattr(sample, 'device', None)}: CUDA graphs need a CUDA GPU"
-    if torch.is_grad_enabled():
-        return "gradients: a step that is differentiated is not captured; use torch.no_grad()"
-    if torch.compiler.is_compiling() or unet._compiled_call_impl is not None:
-        return "torch.compile: a compiled UNet is captured by mode='reduce-overhead'"
-    if len(arguments) > 3:
-        return "more than three positional arguments of the UNet: such steps are not captured; pass keywords"
-    if not all(layer.table.is_data for layer in state.layers()):
-        return "adapter scales that are not numbers, or do not fit the masks: such steps are not captured"
-    if not state.session.is_prepared:
-        return "prompt, images or masks of other sizes than the generation began with, or none: such steps are not captured"
-    return ""
-
-
 def _tables(state: Any) -> list[Tensor]:
     return [layer.table.tensor for layer in state.layers()]
-
-
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor)
-
-
-def _plain(arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with the timestep as a tensor on the device of the latents, and without masks.
-
-    A number would stay the same in every replay, and a graph reads what the buffers hold of masks.
-    """
-    named = steps.named(arguments, options)
-    sample, timestep = named["sample"], named["timestep"]
-    if not isinstance(timestep, Tensor):
-        # as `UNet2DConditionModel.get_time_embed`
-        timestep = torch.tensor(timestep, dtype=torch.float64 if isinstance(timestep, float) else torch.int64)
-    timestep = (timestep[None] if timestep.ndim == 0 else timestep).to(sample.device)
-    options = _with_masks(options, None)
-    if len(arguments) > 1:
-        return (arguments[0], timestep, *arguments[2:]), options
-    return arguments, {**options, "timestep": timestep}
-
-
-def _with_masks(options: dict[str, Any], masks: Any) -> dict[str, Any]:
-    given = options.get("cross_attention_kwargs") or {}
-    return (
-        {**options, "cross_attention_kwargs": {**given, "ip_adapter_masks": masks}} if "ip_adapter_masks" in given else options
-    )
-
-
-def _key(state: Any, structure: Any, leaves: list[Any], options: dict[str, Any]) -> Hashable | None:
-    """Everything about the arguments, and about torch, that a graph is only valid for; None where that cannot be told."""
-    device = next(leaf.device for leaf in leaves if _is_tensor(leaf))
-    parts: list[Hashable] = []
-    for leaf in leaves:
-        if _is_tensor(leaf):
-            if leaf.device != device:
-                return None
-            parts.append((tuple(leaf.shape), leaf.dtype, leaf.device))
-        elif isinstance(leaf, bool | int | float | str | None):
-            parts.append((type(leaf).__name__, leaf))
-        else:
-            return None
-    masks = (options.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
-    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-    modes = allows_tf32(device), torch.is_inference_mode_enabled()
-    return (str(structure), tuple(parts), masks is None, autocast, modes, state.session.impl)

@@ -161,7 +161,7 @@ def _report(unet: Any, target: str) -> Report:
     watch = watch_module()
     state = watch.of(unet)
     impl = state.session.impl if state is not None else "auto"
-    device, dtype = _execution_device(unet), unet.dtype
+    device, dtype = execution_device(unet), unet.dtype
     layers = []
     switch = f"unset {OFF}" if os.environ.get(OFF) == "1" else "call ipa_kernels.enable"
     for name, attention in watch.places.adapter_layers(unet):
@@ -235,7 +235,7 @@ def unet_of(target: Any) -> Any:
     return unet
 
 
-def _execution_device(unet: Any) -> torch.device:
+def execution_device(unet: Any) -> torch.device:
     """Where the UNet computes: an offloaded one keeps its weights elsewhere."""
     for module in unet.modules():
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
@@ -246,7 +246,7 @@ def _execution_device(unet: Any) -> torch.device:
 
 def _demand_kernel(unet: Any) -> None:
     families = _families()
-    device, dtype = _execution_device(unet), unet.dtype
+    device, dtype = execution_device(unet), unet.dtype
     refused: dict[str, list[str]] = {}
     for name, attention in watch_module().places.adapter_layers(unet):
         _, reasons = families.layer_plan(attention, attention.processor, "triton", device, dtype)

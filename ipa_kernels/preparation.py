@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from . import steps
-from .integration import OFF, disable, enable, explain, unet_of, watch_module
+from .integration import OFF, disable, enable, execution_device, explain, unet_of, watch_module
 from .report import Report
 
 _ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -42,7 +42,8 @@ def prepare(pipe: Any, **arguments: Any) -> Report:
         ImportError: diffusers cannot be imported.
         Also what the pipeline itself raises.
 
-    Whatever is raised, buffers that were there before are as they were.
+    Whatever is raised, the buffers of these layers that were there before stay. They hold what they held, or what this call was
+    given: each step compares that with its own.
     """
     if isinstance(pipe, nn.Module) or not callable(pipe):
         raise TypeError(f"pipe: expected a diffusers pipeline, whose arguments these are, got {type(pipe).__name__}")
@@ -87,26 +88,36 @@ def _fill(state: Any, unet: Any, given: tuple[Any, ...], options: dict[str, Any]
     if refused is not None:
         raise ValueError(refused)
     inputs = watch.Inputs.of(step)
+    stream = steps.stream_of(inputs.sample)
     state.turn.take()
+    before = buffers = state.buffers
     try:
-        buffers = state.buffers
         if buffers is not None and buffers.are_current():
             misfit = buffers.misfit(inputs)
             if misfit is not None:
                 raise ValueError(f"{misfit}; clear_cache(pipe) drops the buffers, graphs are then compiled anew")
-            buffers.fit(inputs, anew=True)
+            buffers.begin(stream)
+            buffers.refill(inputs)
         else:
             buffers = watch.Buffers(unet, state.places, inputs)
+            state.put_buffers(buffers)
+        buffers.end(stream)
+        _compile(state, unet, given, options)
+    except BaseException:
+        if buffers is not before:
             state.drop_buffers()
-            state.buffers = buffers
-            buffers.hand_out()
-        if inputs.sample.device.type == "cuda":
-            # as eager calls run a step and as graphs do: they differ where a scale is 0. Kernels are compiled on the way
-            _run(unet, given, options)
-            with state.captured():
-                _run(unet, given, options)
+        raise
     finally:
         state.turn.give()
+
+
+def _compile(state: Any, unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """The kernels of a step as eager calls run it, and as graphs do: they differ where a scale is 0."""
+    if steps.named(given, options)["sample"].device.type != "cuda":
+        return
+    _run(unet, given, options)
+    with state.captured():
+        _run(unet, given, options)
 
 
 def _run(unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -121,10 +132,11 @@ def _left_alone(pipe: Any, unet: Any, generators: Any) -> Iterator[None]:
     generators = generators if isinstance(generators, list) else [] if generators is None else [generators]
     states = [generator.get_state() for generator in generators]
     bar = dict(getattr(pipe, "_progress_bar_config", {}))
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    device = execution_device(unet)
     pipe.set_progress_bar_config(**(bar | {"disable": True}))
     try:
-        with torch.random.fork_rng(devices=devices):
+        # the GPU that latents are drawn on need not be the current one
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
         pipe._progress_bar_config = bar

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import steps
 from .conditioning import Memory
 from .report import FallbackWarning
 from .scales import Table
@@ -22,7 +23,7 @@ class Session:
     """Shared by what was taken over in one UNet: the options, the reasons warned about, the memory, and the modules.
 
     is_stepping: whether a step runs whose scales are in the tables; is_prepared: whether what the layers hold is what the step
-    that runs was given; is_captured: whether a CUDA graph is recorded from the step that runs.
+    that runs was given.
     """
 
     def __init__(self, impl: str, cache: bool) -> None:
@@ -30,7 +31,6 @@ class Session:
         self.cache = cache
         self.is_stepping = False
         self.is_prepared = False
-        self.is_captured = False
         self.warned: set[str] = set()
         self.memory = Memory()
         # weak: a processor that diffusers has dropped is gone, one that it has put aside is still found
@@ -95,7 +95,7 @@ class Layer:
 
 def is_recorded(session: Session) -> bool:
     """Whether a call is recorded, by a compiler or for a CUDA graph, to be run again with other data."""
-    return torch.compiler.is_compiling() or session.is_captured
+    return torch.compiler.is_compiling() or steps.is_recorded(session)
 
 
 def _frames_below_the_user() -> int:

@@ -1,25 +1,41 @@
 """The steps of UNets that each thread is in, and the arguments of the first one that a pipeline runs."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 from .turn import is_running
 
 # the first parameters of every UNet's forward
 NAMES = ("sample", "timestep", "encoder_hidden_states")
 
-_THREAD = threading.local()
-"""Of each thread: its steps, the innermost last, and whether its next one is to be stopped."""
-
 
 class Step(NamedTuple):
-    """watch: of the UNet that runs it; has_turn: whether it holds the turn of that; frame: of the call of the UNet."""
+    """watch: of the UNet that runs it; has_turn: whether it holds the turn of that; frame: of the call of the UNet; stream: as
+    `stream_of` its latents.
+    """
 
     watch: Any
     has_turn: bool
     frame: FrameType
+    stream: Any
+
+
+class _Thread(threading.local):
+    """Of each thread: its steps, the innermost last; the sessions whose steps it records; whether its next step is stopped."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.recorded: list[object] = []
+        self.stops = False
+
+
+_THREAD = _Thread()
 
 
 class Stopped(BaseException):
@@ -51,16 +67,37 @@ def first(call: Callable[[], object]) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def stop_if_asked(arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     """Raise `Stopped` within `first`."""
-    if getattr(_THREAD, "stops", False):
+    if _THREAD.stops:
         raise Stopped(arguments, options)
+
+
+def stream_of(tensor: Any) -> Any:
+    """The CUDA stream on which a tensor is computed with now. None on other devices, and while a graph is recorded: before that
+    begins, all else is through.
+    """
+    if not isinstance(tensor, Tensor) or tensor.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.current_stream(tensor.device)
+
+
+@contextmanager
+def recorded(session: object) -> Iterator[None]:
+    """Steps that this thread runs in this block, of the UNet of a session, are those that a CUDA graph is recorded from."""
+    _THREAD.recorded.append(session)
+    try:
+        yield
+    finally:
+        _THREAD.recorded.pop()
+
+
+def is_recorded(session: object) -> bool:
+    """Whether this thread is in `recorded`. Steps of other threads are not."""
+    return session in _THREAD.recorded
 
 
 def running() -> list[Step]:
     """The steps that this thread is in, the innermost last; the list itself."""
-    if not hasattr(_THREAD, "steps"):
-        _THREAD.steps = []
-    steps: list[Step] = _THREAD.steps
-    return steps
+    return _THREAD.steps
 
 
 def take_interrupted() -> list[Step]:

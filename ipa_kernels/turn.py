@@ -47,11 +47,6 @@ class Turn:
             self._is_over = True
             self._free.notify_all()
 
-    @property
-    def depth(self) -> int:
-        """How often it is held."""
-        return len(self._held)
-
 
 def is_running(frame: FrameType) -> bool:
     """Whether a frame is on the stack of this thread."""

@@ -56,6 +56,10 @@ class Watch:
         self.loose = 0
         self.is_closed = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle is of a UNet that runs no step."""
+        return vars(self) | {"running": 0, "loose": 0}
+
     def attach(self, unet: nn.Module) -> None:
         """Watch the steps of a UNet; does nothing where that is done already."""
         if self._is_attached(unet):
@@ -104,39 +108,52 @@ class Watch:
         self, unet: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], is_eager: bool, frame: FrameType
     ) -> None:
         steps.stop_if_asked(arguments, options)
-        session = self.session
         if is_eager:
             self.take_over_new(unet, [])
         step = steps.named(arguments, options)
-        follows = False
-        if session.cache and not session.is_captured:
-            images = (step.get("added_cond_kwargs") or {}).get("image_embeds")
-            tensors = [step.get("encoder_hidden_states"), *(images if isinstance(images, list) else [images])]
-            follows = session.memory.enter(step.get("timestep"), tuple(map(id, tensors)))
-        self._open(frame)
+        self._open(frame, steps.stream_of(step.get("sample")))
+        follows = self._remember(step)
         self._write_scales(step)
         if steps.running()[-1].has_turn and not self.loose:
             self._refill(unet, arguments, step, follows)
 
-    def _open(self, frame: FrameType) -> None:
+    def _open(self, frame: FrameType, stream: Any) -> None:
         """Wait for the turn, where there is something to take turns for."""
         for step in steps.take_interrupted():
             step.watch._close(step)
         with SWITCH:
             has_turn = self.buffers is not None or self.graphs is not None
-            self.loose += not has_turn
-            self.running += 1
+            self._count(1, has_turn)
         if has_turn:
-            self.turn.take(frame)
-        steps.running().append(steps.Step(self, has_turn, frame))
+            try:
+                self.turn.take(frame)
+            except BaseException:
+                self._count(-1, has_turn)
+                raise
+        steps.running().append(steps.Step(self, has_turn, frame, stream))
+        buffers = self.buffers
+        if has_turn and buffers is not None:
+            buffers.begin(stream)
+
+    def _remember(self, step: dict[str, Any]) -> bool:
+        """Open the memory, or close what a step that was interrupted left open; whether a generation goes on."""
+        memory = self.session.memory
+        if not self.session.cache or steps.is_recorded(self.session):
+            memory.leave()
+            return False
+        images = (step.get("added_cond_kwargs") or {}).get("image_embeds")
+        tensors = [step.get("encoder_hidden_states"), *(images if isinstance(images, list) else [images])]
+        return memory.enter(step.get("timestep"), tuple(map(id, tensors)), steps.running()[-1].stream)
 
     def _refill(self, unet: nn.Module, arguments: tuple[Any, ...], step: dict[str, Any], follows: bool) -> None:
         """Let the step that begins read the buffers, if they can hold what it was given."""
         inputs = Inputs.of(step) if len(arguments) <= len(steps.NAMES) else None
-        if self.graphs is not None and inputs is not None and not follows and self.graphs.takes(inputs.sample.device):
+        graphs = self.graphs
+        if graphs is not None and inputs is not None and not follows and graphs.takes(inputs.sample.device):
             self._renew(unet, inputs)
-        if self.buffers is not None:
-            self.session.is_prepared = self.buffers.fit(inputs, anew=not follows)
+        buffers = self.buffers
+        if buffers is not None:
+            self.session.is_prepared = buffers.fit(inputs, anew=not follows)
 
     def _write_scales(self, step: dict[str, Any]) -> None:
         """Bring the tables of scales up to date, for the masks of this step."""
@@ -157,21 +174,25 @@ class Watch:
 
     @disable  # type: ignore[untyped-decorator]
     def _end(self) -> None:
-        self.session.memory.leave()
         running = steps.running()
         if running and running[-1].watch is self:
             self._close(running.pop())
 
     def _close(self, step: steps.Step) -> None:
+        self.session.memory.leave()
         if step.has_turn:
-            if self.buffers is not None:
-                self.buffers.end()
-            if self.turn.depth <= 1:
-                self.session.is_prepared = False
+            buffers = self.buffers
+            if buffers is not None:
+                buffers.end(step.stream)
+            self.session.is_prepared = False
             self.turn.give()
+        self._count(-1, step.has_turn)
+
+    def _count(self, one: int, has_turn: bool) -> None:
+        """A step more, or less."""
         with SWITCH:
-            self.loose -= not step.has_turn
-            self.running -= 1
+            self.loose += 0 if has_turn else one
+            self.running += one
             if self.running == 0:
                 self.session.is_stepping = False
 
@@ -185,9 +206,13 @@ class Watch:
         except (TypeError, ValueError, RuntimeError):
             # for the step to refuse, in diffusers' words
             return
+        self.put_buffers(new)
+
+    def put_buffers(self, buffers: Buffers) -> None:
+        """Let the layers have these, in the place of others. Whoever calls holds the turn."""
         self.drop_buffers()
-        self.buffers = new
-        new.hand_out()
+        self.buffers = buffers
+        buffers.hand_out()
 
     def drop_buffers(self) -> None:
         """Forget what was prepared, and the graphs that read it."""
@@ -196,20 +221,17 @@ class Watch:
             buffers, self.buffers = self.buffers, None
             if buffers is not None:
                 buffers.drop()
-            if self.graphs is not None:
-                self.graphs.drop()
+            graphs = self.graphs
+            if graphs is not None:
+                graphs.drop()
         finally:
             self.turn.give()
 
     @contextmanager
     def captured(self) -> Iterator[None]:
-        """Steps in this block run as those that a graph is recorded from."""
-        self.session.is_captured = True
-        try:
-            with self.session.memory.suspended():
-                yield
-        finally:
-            self.session.is_captured = False
+        """Steps of this thread in this block run as those that a graph is recorded from."""
+        with steps.recorded(self.session), self.session.memory.suspended():
+            yield
 
     def take_over_new(self, unet: nn.Module, undo: list[Callable[[], None]]) -> None:
         """Take over every stock module of an IP-Adapter; `undo` collects, in the order of the changes, what reverts each."""
@@ -253,9 +275,11 @@ class Watch:
 def forward(unet: Any, *arguments: Any, **options: Any) -> Any:
     """In the place of a UNet's own, while it is graphed. A copy of the UNet has a copy; a pickle of it has the UNet's own."""
     state, run = of(unet), MethodType(type(unet).forward, unet)
-    if state is None or state.graphs is None or torch.compiler.is_compiling():
+    # read once: another thread may `disable`
+    graphs = None if state is None else state.graphs
+    if graphs is None or torch.compiler.is_compiling():
         return run(*arguments, **options)
-    return state.graphs.step(state, unet, run, arguments, options)
+    return graphs.step(state, unet, run, arguments, options)
 
 
 def of(unet: nn.Module) -> Any:

@@ -4,6 +4,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import ipa_kernels
-from ipa_kernels import conditioning, tiny
+from ipa_kernels import conditioning, steps, tiny
 
 from .zoo.adapters import FACE_DIM, HIDDEN_TOKENS, seeded, set_face_embeddings
 from .zoo.controls import CONTROLS, Control, binary
@@ -571,6 +572,48 @@ def test_a_direct_call_of_a_layer_remembers_nothing() -> None:
         for _ in range(2):
             scene.attention()(scene.draw(2, 16, 64), encoder_hidden_states=states)
     assert ipa_kernels.explain(scene.unet).cache == before
+
+
+def one_step(unet: Any, timestep: int, text: Tensor, images: list[Tensor]) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = unet(seeded(3)(2, 4, 8, 8), timestep, text, added_cond_kwargs={"image_embeds": images}).sample
+    return found
+
+
+def test_an_interrupted_step_leaves_no_memory_to_the_next() -> None:
+    """torch runs no hooks for a KeyboardInterrupt."""
+    unet = build("bare-unet", ("base",)).unet
+    ipa_kernels.enable(unet)
+    inputs = seeded(2)(2, 77, 64), [seeded(4)(2, 1, 32)]
+    seen: list[object] = []
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = unet.up_blocks[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        one_step(unet, 900, *inputs)
+    handle.remove()
+    ipa_kernels.enable(unet, cache=False)
+    unet.mid_block.register_forward_pre_hook(lambda *arguments: seen.append(conditioning.active()))
+    one_step(unet, 800, *inputs)
+    assert seen == [None]
+    assert ipa_kernels.explain(unet).cache == (0, 0, 0)
+
+
+def test_what_was_computed_on_another_stream_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It might not be there yet."""
+    unet = build("bare-unet", ("base",)).unet
+    ipa_kernels.enable(unet)
+    inputs = seeded(2)(2, 77, 64), [seeded(4)(2, 1, 32)]
+    hits = []
+    for timestep, stream in [(900, 1), (800, 2), (700, 1), (600, None)]:
+        current = None if stream is None else SimpleNamespace(cuda_stream=stream)
+        monkeypatch.setattr(steps, "stream_of", lambda tensor, current=current: current)
+        before = ipa_kernels.explain(unet).cache.hits
+        one_step(unet, timestep, *inputs)
+        hits.append(ipa_kernels.explain(unet).cache.hits > before)
+    assert hits == [False, False, True, False]
 
 
 def test_two_pipelines_on_one_unet() -> None:

@@ -1,23 +1,25 @@
 """`graphed`: what is captured, what a replay is given, and when a graph is not replayed.
 
-On the CPU a "graph" is the recorded call itself, run again: it reads the same tensors as a CUDA graph would, and nothing else
-of its arguments is fresh. On a GPU the tests run real ones.
+On the CPU a "graph" is the operations of a step, run again on the same tensors: whatever Python decided is frozen, as in a CUDA
+graph. On a GPU the tests run real ones.
 """
 
 import copy
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 import ipa_kernels
 from ipa_kernels import graphs
+from ipa_kernels.processors import buffers
 
+from .recorder import Recorder, record
 from .test_compiled import MASKED, PLAIN, as_stock
 from .test_prepare import step_with_loras
 from .zoo.adapters import load
@@ -27,57 +29,49 @@ from .zoo.pipelines import build
 
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Captures on the CPU; counts how often each was run."""
-    runs: list[int] = []
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
+    """Captures on the CPU; `runs` of each counts its replays."""
+    found: list[Recorder] = []
 
-    def capture(run: Callable[[], Any], pool: Any) -> tuple[Callable[[], None], Any]:
-        outputs = run()
-        number = len(runs)
-        runs.append(0)
-
-        def replay() -> None:
-            runs[number] += 1
-            for own, new in zip(pytree.tree_leaves(outputs), pytree.tree_leaves(again()), strict=True):
-                if isinstance(own, Tensor):
-                    own.copy_(new)
-
-        def again() -> Any:
-            state = ipa_kernels.watch.of(CURRENT[0])
-            with state.captured():
-                return run()
-
-        return replay, outputs
+    def capture(run: Callable[[], Any], *_: Any) -> tuple[Callable[[], None], Any]:
+        recorder, outputs = record(run)
+        found.append(recorder)
+        return recorder.replay, outputs
 
     monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr(graphs, "is_supported", lambda device: True)
-    monkeypatch.setattr(graphs, "new_pool", lambda: None)
-    return runs
+    stand_in(monkeypatch)
+    return found
 
 
-CURRENT: list[Any] = [None]
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the CPU for a GPU."""
+    monkeypatch.setattr(graphs.Graphs, "takes", staticmethod(lambda device: True))
+    monkeypatch.setattr(graphs.Room, "on", lambda device: None)
+
+
+def runs(recorded: list[Recorder]) -> list[int]:
+    return [recorder.runs for recorder in recorded]
 
 
 def pair(kind: str = "sd", names: tuple[str, ...] = ("base", "plus")) -> tuple[Any, Any]:
     """A graphed pipeline and a stock twin."""
     graphed, twin = build(kind, names), build(kind, names)
     ipa_kernels.graphed(graphed)
-    CURRENT[0] = graphed.unet
     return graphed, twin
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "animatediff", "kolors", "controlnet", "t2i-adapter", "lcm", "pag"])
-def test_replays_are_given_what_is_new(kind: str, recorded: list[int]) -> None:
+def test_replays_are_given_what_is_new(kind: str, recorded: list[Recorder]) -> None:
     names = ("base", "plus")
     graphed, twin = pair(kind, names)
     for seed, control in enumerate(PLAIN):
         as_stock(graphed, twin, names, control, seed=seed)
     report = ipa_kernels.explain(graphed)
     assert report.graphs == (1, 2 * len(PLAIN) - 1, ""), "two steps each, of which the very first is none"
-    assert recorded == [2 * len(PLAIN) - 1]
+    assert runs(recorded) == [2 * len(PLAIN) - 1]
 
 
-def test_masks_and_sizes(recorded: list[int]) -> None:
+def test_masks_and_sizes(recorded: list[Recorder]) -> None:
     names = ("base", "plus")
     graphed, twin = pair("sd", names)
     for size in (8, 12, 8):
@@ -87,7 +81,7 @@ def test_masks_and_sizes(recorded: list[int]) -> None:
     assert ipa_kernels.explain(graphed).graphs.reason == ""
 
 
-def test_a_prompt_that_was_written_over(recorded: list[int]) -> None:
+def test_a_prompt_that_was_written_over(recorded: list[Recorder]) -> None:
     """In place, with nothing else that is new."""
     graphed, twin = pair()
     for pipe in (graphed, twin):
@@ -100,7 +94,7 @@ def test_a_prompt_that_was_written_over(recorded: list[int]) -> None:
     options = {"callback_on_step_end": nudge, "callback_on_step_end_tensor_inputs": ["prompt_embeds"], "steps": 4}
     found, expected = (generate(pipe, ("base", "plus"), **options) for pipe in (graphed, twin))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert recorded == [3]
+    assert runs(recorded) == [3]
 
 
 def other_weight(pipe: Any) -> None:
@@ -161,7 +155,7 @@ CHANGES = [other_weight, moved_weight, written_weight, free_u, hook, setting, pr
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_what_changes_is_not_replayed_as_it_was(change: Callable[[Any], None], recorded: list[int]) -> None:
+def test_what_changes_is_not_replayed_as_it_was(change: Callable[[Any], None], recorded: list[Recorder]) -> None:
     graphed, twin = pair()
     as_stock(graphed, twin, ("base", "plus"), Control())
     before = generate(twin, ("base", "plus"), Control())
@@ -174,7 +168,7 @@ def test_what_changes_is_not_replayed_as_it_was(change: Callable[[Any], None], r
     assert len(recorded) == (1 if change in (written_weight, hook, lora) else 2)
 
 
-def test_prepare_refills_what_graphs_read(recorded: list[int]) -> None:
+def test_prepare_refills_what_graphs_read(recorded: list[Recorder]) -> None:
     graphed, twin = pair(names=("base",))
     as_stock(graphed, twin, ("base",), Control())
     held = ipa_kernels.watch.of(graphed.unet).buffers
@@ -184,7 +178,7 @@ def test_prepare_refills_what_graphs_read(recorded: list[int]) -> None:
     assert len(recorded) == 1
 
 
-def test_two_images_after_one(recorded: list[int]) -> None:
+def test_two_images_after_one(recorded: list[Recorder]) -> None:
     """Other sizes of what is constant: new buffers with the next generation, and a new graph."""
     graphed, twin = pair(names=("base",))
     for images in (1, 2, 1):
@@ -194,7 +188,7 @@ def test_two_images_after_one(recorded: list[int]) -> None:
     assert ipa_kernels.explain(graphed).graphs == (1, 3 * 3, "")
 
 
-def test_it_ends_with_disable(recorded: list[int]) -> None:
+def test_it_ends_with_disable(recorded: list[Recorder]) -> None:
     graphed, twin = pair(names=("base",))
     assert "forward" in vars(graphed.unet)
     copied = copy.deepcopy(graphed.unet)
@@ -220,7 +214,7 @@ def test_what_cannot_be_captured_runs_and_says_why() -> None:
 
 
 @pytest.mark.parametrize("scale", [torch.tensor(0.3), [0.3, 0.4]], ids=["tensor", "list"])
-def test_scales_that_are_no_data_are_not_replayed(scale: Any, recorded: list[int]) -> None:
+def test_scales_that_are_no_data_are_not_replayed(scale: Any, recorded: list[Recorder]) -> None:
     graphed, twin = pair(names=("base",))
     as_stock(graphed, twin, ("base",), Control())
     if isinstance(scale, Tensor):
@@ -230,19 +224,19 @@ def test_scales_that_are_no_data_are_not_replayed(scale: Any, recorded: list[int
             pipe.set_ip_adapter_scale([scale])
             with pytest.raises(TypeError):
                 generate(pipe, ("base",))
-    assert recorded == [1]
+    assert runs(recorded) == [1]
     as_stock(graphed, twin, ("base",), Control(), seed=4)
-    assert recorded == [3]
+    assert runs(recorded) == [3]
 
 
-def test_numbers_of_numpy_are_data(recorded: list[int]) -> None:
+def test_numbers_of_numpy_are_data(recorded: list[Recorder]) -> None:
     graphed, twin = pair(names=("base",))
     for scale in np.linspace(0, 1, 4):
         as_stock(graphed, twin, ("base",), Control(scales=lambda n, scale=scale: scale))
     assert len(recorded) == 1
 
 
-def test_the_scale_of_loras_is_not_captured_in_keys(recorded: list[int]) -> None:
+def test_the_scale_of_loras_is_not_captured_in_keys(recorded: list[Recorder]) -> None:
     """`cross_attention_kwargs={"scale": s}` scales the LoRAs of to_k while the UNet runs."""
     from peft import LoraConfig
 
@@ -256,17 +250,98 @@ def test_the_scale_of_loras_is_not_captured_in_keys(recorded: list[int]) -> None
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_failed_capture_runs_as_ever(recorded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(run: Any, pool: Any) -> Any:
+def test_a_failed_capture_runs_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried again when the UNet has changed, or the buffers were dropped."""
+    attempts: list[Any] = []
+
+    def refused(run: Callable[[], Any], *_: Any) -> Any:
+        attempts.append(run())
         raise RuntimeError("operation not permitted when stream is capturing")
 
+    stand_in(monkeypatch)
     monkeypatch.setattr(graphs, "capture", refused)
     graphed, twin = pair(names=("base",))
-    as_stock(graphed, twin, ("base",), Control())
-    assert "not permitted" in ipa_kernels.explain(graphed).graphs.reason
+    for tried in (1, 2, 3):
+        for seed in (1, 2):
+            as_stock(graphed, twin, ("base",), Control(), seed=seed)
+        assert "not permitted" in ipa_kernels.explain(graphed).graphs.reason
+        assert ipa_kernels.explain(graphed).graphs.captured == 0
+        assert len(attempts) == tried
+        if tried == 1:
+            for pipe in (graphed, twin):
+                setting(pipe)
+        else:
+            ipa_kernels.clear_cache(graphed)
 
 
-def test_gradients_run_as_ever(recorded: list[int]) -> None:
+@pytest.mark.parametrize("kind", ["sd", "t2i-adapter"])
+def test_masks_for_queries_that_do_not_follow_from_the_latents(
+    kind: str, recorded: list[Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that is refused while it runs is run again, with all that it was given."""
+    monkeypatch.setattr(buffers, "_queries", lambda unet, inputs: set())
+    graphed, twin = pair(kind, ("base",))
+    as_stock(graphed, twin, ("base",), MASKED[0])
+    assert "none were prepared for" in ipa_kernels.explain(graphed).graphs.reason
+    assert recorded == []
+
+
+class Streams:
+    """The current stream of each GPU, as torch.cuda keeps them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.device = 0
+        self.current = {0: "stream of GPU 0", 1: "stream of GPU 1"}
+        for name, value in {
+            "device": self.guard,
+            "stream": self.switch,
+            "current_stream": lambda device: self.current[device.index],
+            "CUDAGraph": lambda: None,
+            "graph": self.graph,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    @contextmanager
+    def guard(self, device: torch.device) -> Iterator[None]:
+        before, self.device = self.device, device.index
+        try:
+            yield
+        finally:
+            self.device = before
+
+    @contextmanager
+    def switch(self, stream: str) -> Iterator[None]:
+        before = self.current[self.device]
+        self.current[self.device] = stream
+        try:
+            yield
+        finally:
+            self.current[self.device] = before
+
+    @contextmanager
+    def graph(self, graph: Any, pool: Any, capture_error_mode: str, stream: str = "torch's") -> Iterator[None]:
+        """As torch's: where `capture_end` raises, its stream stays."""
+        self.current[self.device] = stream
+        yield
+        raise RuntimeError("Invalid capture.")
+
+
+def test_a_capture_that_cannot_be_ended_leaves_the_stream_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the GPU of the latents, whichever is the current one."""
+    streams = Streams(monkeypatch)
+    found: list[Any] = []
+
+    def run() -> None:
+        found.append((streams.device, streams.current[1]))
+
+    with pytest.raises(RuntimeError, match="Invalid capture"):
+        graphs.capture(run, torch.device("cuda:1"), graphs.Room("its own", None))
+    assert found == [(1, "its own")]
+    assert streams.device == 0
+    assert streams.current == {0: "stream of GPU 0", 1: "stream of GPU 1"}
+
+
+def test_gradients_run_as_ever(recorded: list[Recorder]) -> None:
     graphed, _ = pair(names=("base",))
     sample, text = torch.randn(1, 4, 8, 8, requires_grad=True), torch.randn(1, 77, 64)
     added = {"image_embeds": [torch.randn(1, 1, 32)]}

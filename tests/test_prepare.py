@@ -4,20 +4,25 @@ import copy
 import re
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from peft import LoraConfig
 from torch import Tensor
 
 import ipa_kernels
-from ipa_kernels import steps, watch
+from ipa_kernels import graphs, preparation, scales, steps, watch
+from ipa_kernels.processors.buffers import Buffers
+from ipa_kernels.session import is_recorded
 
 from .test_compiled import MASKED, PLAIN, as_stock, whole
 from .zoo.adapters import load
 from .zoo.controls import Control, binary
-from .zoo.generate import arguments, generate
+from .zoo.generate import arguments, generate, outcome, same
 from .zoo.pipelines import build
 
 BOTH = ("base", "plus")
@@ -399,6 +404,209 @@ def test_disable_in_the_middle_of_a_step() -> None:
     handle.remove()
     assert not steps.running()
     as_stock(pipe, twin, ("base",), Control())
+
+
+def test_an_interrupt_while_a_step_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, _ = pair("sd", ("base",))
+    prepare(pipe, ("base",))
+    state = watch.of(pipe.unet)
+
+    def interrupt(frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(state.turn, "take", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        generate(pipe, ("base",))
+    assert (state.running, state.loose, state.session.is_stepping) == (0, 0, False)
+
+
+def test_a_copy_that_is_made_in_a_step_runs_none() -> None:
+    pipe, _ = pair("sd", ("base",))
+    ipa_kernels.enable(pipe)
+    copies: list[Any] = []
+    handle = pipe.unet.mid_block.register_forward_pre_hook(lambda *arguments: copies.append(copy.deepcopy(pipe.unet)))
+    generate(pipe, ("base",), steps=1)
+    handle.remove()
+    state = watch.of(copies[0])
+    assert (state.running, state.loose) == (0, 0)
+
+
+def test_disable_in_another_thread_as_a_step_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, twin = pair("sd", ("base",))
+    ipa_kernels.graphed(pipe)
+    state = watch.of(pipe.unet)
+    reads = [state.graphs]
+
+    class Vanishing:
+        graphs = property(lambda self: reads.pop() if reads else None)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(state, name)
+
+    sample, text, added = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 64), {"image_embeds": [torch.randn(2, 1, 32)]}
+    monkeypatch.setattr(watch, "of", lambda unet: Vanishing())
+    with torch.no_grad():
+        found, expected = (each.unet(sample, 5, text, added_cond_kwargs=added).sample for each in (pipe, twin))
+    assert torch.equal(found, expected)
+
+
+def test_another_thread_runs_as_ever_while_a_graph_is_recorded() -> None:
+    """Its masks were not prepared, and need not be."""
+    pipe, twin = pair("sd", ("base",))
+    for each in (pipe, twin):
+        each.set_ip_adapter_scale(0.7)
+    expected = generate(twin, ("base",), MASKED[0])
+    ipa_kernels.enable(pipe)
+    state = watch.of(pipe.unet)
+    begun, recording = threading.Event(), threading.Event()
+    found: list[Tensor] = []
+
+    def pause(*arguments: Any) -> None:
+        begun.set()
+        recording.wait(20)
+
+    handle = pipe.unet.conv_in.register_forward_hook(pause)
+    thread = threading.Thread(target=lambda: found.append(outcome(pipe, ("base",), MASKED[0])))
+    thread.start()
+    begun.wait(20)
+    with state.captured():
+        with state.captured():
+            pass
+        recording.set()
+        thread.join()
+        assert is_recorded(state.session)
+    handle.remove()
+    assert not is_recorded(state.session)
+    assert same(found[0], expected)
+
+
+class Stream:
+    """A CUDA stream, as what it knows to be through."""
+
+    def __init__(self, number: int) -> None:
+        self.cuda_stream = number
+        self.through: set[int] = set()
+
+    def wait_event(self, event: Any) -> None:
+        self.through |= event.through
+
+    def record_event(self) -> Any:
+        return SimpleNamespace(through=set(self.through), synchronize=lambda: None)
+
+
+def test_what_graphs_read_is_written_after_all_steps_on_other_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among them steps that do not fit the buffers."""
+    pipe, _ = pair("sd", ("base",))
+    streams, begun = [Stream(0), Stream(1)], 0
+    current, late = streams[0], []
+    monkeypatch.setattr(steps, "stream_of", lambda tensor: current)
+    prepare(pipe, ("base",))
+
+    def run(*arguments: Any) -> None:
+        nonlocal begun
+        begun += 1
+        current.through.add(begun)
+
+    def watched(kind: Any, name: str) -> None:
+        write = getattr(kind, name)
+
+        def checked(self: Any, *arguments: Any) -> Any:
+            late.append(set(range(1, begun + 1)) - current.through)
+            return write(self, *arguments)
+
+        monkeypatch.setattr(kind, name, checked)
+
+    watched(scales.Table, "follow")
+    watched(Buffers, "_fill")
+    pipe.unet.conv_out.register_forward_hook(run)
+    other = Control(images=2)
+    for stream, control, seed in [(0, None, 1), (1, other, 1), (0, None, 5), (1, other, 1), (1, None, 1), (0, other, 1)]:
+        current = streams[stream]
+        generate(pipe, ("base",), control, seed=seed)
+    assert begun == 12
+    assert len(late) > 12
+    assert not any(late)
+
+
+def test_a_hook_that_was_added_since() -> None:
+    """What cannot be filled anew is no silent success."""
+    pipe, _ = pair("sd", ("base",))
+    prepare(pipe, ("base",), seed=1)
+    held = buffers(pipe)
+    hook_on_a_layer(pipe, lambda text: text)
+    with pytest.raises(ValueError, match="expected a UNet without hooks around its layers, got one on attn2"):
+        prepare(pipe, ("base",), seed=2)
+    assert buffers(pipe) is held
+
+
+class Own(IPAdapterAttnProcessor2_0):
+    """A processor of a user."""
+
+
+def test_processors_of_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, twin = pair("sd", ("base",))
+    for each in (pipe, twin):
+        for processor in each.unet.attn_processors.values():
+            if isinstance(processor, IPAdapterAttnProcessor2_0):
+                processor.__class__ = Own
+    with pytest.raises(ValueError, match=r"expected IP-Adapter processors of diffusers' own, got others"):
+        prepare(pipe, ("base",))
+    assert not ipa_kernels.explain(pipe).enabled
+    ipa_kernels.graphed(pipe)
+    monkeypatch.setattr(graphs.Graphs, "takes", staticmethod(lambda device: True))
+    as_stock(pipe, twin, ("base",), Control())
+
+
+def test_a_prepare_that_fails_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it runs a step when the buffers are filled."""
+    pipe, twin = pair("sd", ("base",))
+    ipa_kernels.enable(pipe)
+    works = preparation._compile
+
+    def fails(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("of the step")
+
+    for held in (None, "those of the first"):
+        monkeypatch.setattr(preparation, "_compile", fails)
+        before = buffers(pipe)
+        assert (before is None) == (held is None)
+        with pytest.raises(torch.OutOfMemoryError):
+            prepare(pipe, ("base",), seed=2)
+        assert buffers(pipe) is before
+        monkeypatch.setattr(preparation, "_compile", works)
+        prepare(pipe, ("base",))
+    pipe.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    as_stock(pipe, twin, ("base",), Control(), seed=3)
+
+
+def test_everything_is_projected_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, _ = pair("sd", ("base",))
+    computed: list[Any] = []
+    compute = Buffers._compute
+
+    def counted(self: Any, inputs: Any) -> Any:
+        computed.append(inputs)
+        return compute(self, inputs)
+
+    monkeypatch.setattr(Buffers, "_compute", counted)
+    prepare(pipe, ("base",))
+    assert len(computed) == 1
+
+
+def test_the_random_numbers_of_the_gpu_that_the_unet_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, _ = pair("sd", ("base",))
+    forked: list[Any] = []
+
+    @contextmanager
+    def fork(devices: Any) -> Iterator[None]:
+        forked.append(devices)
+        yield
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork)
+    prepare(pipe, ("base",))
+    monkeypatch.setattr(preparation, "execution_device", lambda unet: torch.device("cuda:1"))
+    prepare(pipe, ("base",))
+    assert forked == [[], [torch.device("cuda:1")]]
 
 
 def test_perturbed_attention_leaves_its_processors_as_they_were() -> None:

@@ -74,7 +74,7 @@ def graph_problem(
             keys = [_split(key, attn.heads) for key in held.keys]
             values = [_split(value, attn.heads) for value in held.values]
             return _checked(query, attn, keys, values, scales, vectors, softmax_scale)
-    if layer.session.is_captured and any(mask is not None for mask in masks):
+    if not torch.compiler.is_compiling() and any(mask is not None for mask in masks):
         raise UnsupportedError(
             f"ip_adapter_masks: none were prepared for {query.shape[1]} queries, and a graph reads no others"
         )

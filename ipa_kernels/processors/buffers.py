@@ -72,19 +72,20 @@ def _read(named: dict[str, Any]) -> tuple[Any, ...]:
 class Buffers:
     """The buffers of one UNet. Whoever reads or changes them holds the turn of its `Watch`.
 
-    places: the attention layers of the UNet by name, and the modules on the way to them. Raises ValueError where something else
-    takes part in a call of one of those: it may change what a layer is given, or where weights are.
+    places: the attention layers of the UNet by name, and the modules on the way to them. Raises ValueError where none of the
+    layers was taken over, or where something else takes part in a call of one of those: it may change what a layer is given, or
+    where weights are.
     """
 
     def __init__(self, unet: Any, places: Any, inputs: Inputs) -> None:
         self._unet = unet
         self._places = places
         self._layers = list(_layers(places))
-        hooked = self._hooked()
-        if hooked is not None:
+        if not self._layers:
             raise ValueError(
-                f"pipe: expected a UNet without hooks around its layers, got one on {hooked} (offloading adds such)"
+                "pipe: expected IP-Adapter processors of diffusers' own, got others in every layer; explain(pipe) names them"
             )
+        self._refuse_hooks()
         if len({id(processor) for _, processor, _ in self._layers}) < len(self._layers):
             raise ValueError("pipe: expected a processor of its own for each attention, got one that is shared")
         self._signature = _signature(inputs)
@@ -92,8 +93,7 @@ class Buffers:
         self._state: State | None = None
         self._used: Any = None
         self._sizes: dict[int, list[Tensor | None]] = {}
-        computed = list(self._compute(inputs))
-        self._held = [Held([_fixed(key) for key, _ in pairs], [_fixed(value) for _, value in pairs], {}) for pairs in computed]
+        self._held: list[Held] = []
         self._fill(inputs)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -134,21 +134,33 @@ class Buffers:
             return False
         if not self.are_current() or self._hooked() is not None:
             return False
-        if self._used is not None:
-            # the step before may still read them, perhaps on another stream
-            torch.cuda.current_stream(inputs.sample.device).wait_event(self._used)
         if anew or not self._is_known(inputs):
             self._fill(inputs)
         elif _queries(self._unet, inputs) - self._sizes.keys():
             self._fill_masks(inputs)
         return True
 
-    def end(self) -> None:
-        """A step has ended that may have read them."""
-        device = self._held[0].keys[0].device
-        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            self._used = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._used.record(torch.cuda.current_stream(device))
+    def refill(self, inputs: Inputs) -> None:
+        """Compute everything again, whatever is known. Raises ValueError as for new buffers."""
+        self._refuse_hooks()
+        self._fill(inputs)
+
+    def begin(self, stream: Any) -> None:
+        """What reads or changes them begins, on a CUDA stream or None: after what ended last, perhaps on another stream."""
+        if self._used is not None and stream is not None:
+            stream.wait_event(self._used)
+
+    def end(self, stream: Any) -> None:
+        """What began has ended; whoever waits for the last of these has waited for all."""
+        if stream is not None:
+            self._used = stream.record_event()
+
+    def _refuse_hooks(self) -> None:
+        hooked = self._hooked()
+        if hooked is not None:
+            raise ValueError(
+                f"pipe: expected a UNet without hooks around its layers, got one on {hooked} (offloading adds such)"
+            )
 
     def _hooked(self) -> str | None:
         """The name of a module on the way to a layer in whose call something else takes part: hooks, a forward of its own."""
@@ -161,7 +173,11 @@ class Buffers:
         return next((name for name, module in self._places.on_the_way() if is_hooked(module)), None)
 
     def drop(self) -> None:
-        """Take the buffers away from the layers."""
+        """Take the buffers away from the layers, when no stream reads them any more: their memory is that of the one they were
+        made on.
+        """
+        if self._used is not None:
+            self._used.synchronize()
         for _, _, layer in self._layers:
             layer.held = None
 
@@ -179,7 +195,10 @@ class Buffers:
         state = self._state_of_all()
         snapshots = [Snapshot(tensor) for tensor in inputs.tensors()] if all(map(is_plain, inputs.tensors())) else []
         with torch.no_grad():
-            for held, pairs in zip(self._held, list(self._compute(inputs)), strict=True):
+            computed = list(self._compute(inputs))
+            if not self._held:
+                self._held = [Held([_fixed(k) for k, _ in pairs], [_fixed(v) for _, v in pairs], {}) for pairs in computed]
+            for held, pairs in zip(self._held, computed, strict=True):
                 for key, value, (new_key, new_value) in zip(held.keys, held.values, pairs, strict=True):
                     key.copy_(new_key)
                     value.copy_(new_value)
