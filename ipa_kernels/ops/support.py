@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import launch_table, launch_table_backward
-from .arguments import Problem, needs_gradient
+from .arguments import Problem, has_tangents, is_transformed, needs_gradient
 
 
 class UnsupportedError(ValueError):
@@ -166,10 +166,7 @@ def call_reasons(problem: Problem) -> list[str]:
         reasons.append(f"batch {query.shape[0]}: a GPU grid ends at 65535; smaller batches lift this")
     if needs_gradient(problem):
         reasons += gradient_reasons(query.device, query.dtype, query.shape[3], image_keys)
-    if torch.autograd.forward_ad._current_level >= 0:
-        reasons.append("forward-mode differentiation: the kernel has no tangents; leaving its dual level lifts this")
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        reasons.append("torch.func: the kernel has no rules for its transforms; calling it outside of them lifts this")
+    reasons += transform_reasons()
     for name, tensor in _named(problem):
         if tensor.shape[3] > 1 and tensor.stride(3) != 1:
             reasons.append(
@@ -180,6 +177,16 @@ def call_reasons(problem: Problem) -> list[str]:
     for name, tensor in (*_named(problem), *weights):
         if tensor.is_neg():
             reasons.append(f"{name}: a lazily negated view; resolve_neg() lifts this")
+    return reasons
+
+
+def transform_reasons() -> list[str]:
+    """Why what is around a call, or around its backward, would not see through the kernel."""
+    reasons = []
+    if has_tangents():
+        reasons.append("forward-mode differentiation: the kernel has no tangents; leaving its dual level lifts this")
+    if is_transformed():
+        reasons.append("torch.func: the kernel has no rules for its transforms; calling it outside of them lifts this")
     return reasons
 
 
