@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..dtypes import dtype_name
 from .decoupled_attention import decoupled_attention_kernel
 from .launch_table import LaunchConfig, options
 from .variant import INTERPRETED, Variant, source, variant, vector
@@ -104,10 +105,6 @@ def _check_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     # the grid and the strides are those of the expected one: another would be read and written out of bounds
     if shape != expected:
         raise ValueError(f"query: expected the shape {list(expected)} that the launch was made for, got {list(shape)}")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def readable(tensor: Tensor, vector: int) -> Tensor:
