@@ -33,6 +33,7 @@ from ipa_kernels.cases import CASES, Case
 from ipa_kernels.measure import first_line, gate, interleaved, machine_facts, peak_bytes
 from ipa_kernels.ops.arguments import check_arguments
 from ipa_kernels.ops.decoupled_attention import choose
+from ipa_kernels.unet_steps import in_float64
 
 from .peers import sdpa, stock_order
 
@@ -172,7 +173,7 @@ def measure_model(model: Model, dtype: torch.dtype, device: torch.device, impl: 
     """One row per candidate: the gate, then times and memory of all that passed it, in turns."""
     base = trainable(model, dtype, device)
     inputs = Inputs(model, 1, False, dtype, device)
-    truth = _in_float64(base, inputs)
+    truth = in_float64(base, inputs, _truth, room=6)
     rows: dict[str, dict[str, Any]] = {}
     steps: dict[str, Step] = {}
     for checkpointing in (False, True):
@@ -205,14 +206,9 @@ def measure_model(model: Model, dtype: torch.dtype, device: torch.device, impl: 
     return list(rows.values())
 
 
-def _in_float64(base: Any, inputs: Inputs) -> Tensor | None:
-    """The gradients of stock's code in float64; None where that does not fit."""
-    size = 8 * sum(parameter.numel() for parameter in base.parameters())
-    if base.device.type == "cuda":
-        torch.cuda.empty_cache()
-        if torch.cuda.mem_get_info(base.device)[0] < 6 * size:
-            return None
-    step = Step(copy.deepcopy(base).double(), inputs.double(), torch.float64, False, False, "auto")
+def _truth(unet: Any, inputs: Inputs) -> Tensor:
+    """The gradients of a UNet in float64, by stock's code."""
+    step = Step(unet, inputs, torch.float64, False, False, "auto")
     step.cotangent = step.cotangent.double()
     return _flat(step())
 

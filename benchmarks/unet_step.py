@@ -34,7 +34,7 @@ import ipa_kernels
 from ipa_kernels import unet_steps
 from ipa_kernels.architectures import MODELS, Inputs, Model, build, clone, load
 from ipa_kernels.measure import first_line, gate, interleaved, machine_facts
-from ipa_kernels.unet_steps import VARIANTS, in_float64
+from ipa_kernels.unet_steps import VARIANTS, compared_in_float64
 
 MODES = {"eager": "eager", "graphed": "eager", "compiled": "compiled", "prepared": "compiled"}
 """The modes, each with the mode of the stock step that it is compared with."""
@@ -104,7 +104,7 @@ def measure_model(
             load(with_adapters[adapters], model, adapters)
         base = with_adapters[adapters]
         inputs = Inputs(model, adapters, masked, dtype, device)
-        truth = in_float64(base, inputs) if adapters else None
+        truth = compared_in_float64(base, inputs) if adapters else None
         expected: dict[str, Tensor] = {}
         for mode, enabled in itertools.product(modes, (False, True)):
             if (enabled and not adapters) or (not enabled and MODES[mode] != mode):

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -62,17 +63,25 @@ class Candidate:
         return row
 
 
-def in_float64(base: Any, inputs: Inputs) -> Tensor | None:
-    """The truth of the step that is compared, by stock's code; None where its weights do not fit beside the rest."""
+def in_float64(base: Any, inputs: Inputs, run: Callable[[Any, Inputs], Tensor], room: int) -> Tensor | None:
+    """What `run` returns of a UNet and its inputs in float64, by stock's code; None where it does not fit beside the rest.
+
+    room: what it takes, in units of the weights in float64.
+    """
     size = 8 * sum(parameter.numel() for parameter in base.parameters())
     if base.device.type == "cuda":
         torch.cuda.empty_cache()
-        if torch.cuda.mem_get_info(base.device)[0] < 3 * size:
+        if torch.cuda.mem_get_info(base.device)[0] < room * size:
             return None
     try:
-        return inputs.double().step(copy.deepcopy(base).double(), COMPARED)
+        return run(copy.deepcopy(base).double(), inputs.double())
     except torch.OutOfMemoryError:
         return None
+
+
+def compared_in_float64(base: Any, inputs: Inputs) -> Tensor | None:
+    """The truth of the step that is compared; None where it does not fit."""
+    return in_float64(base, inputs, lambda unet, inputs: inputs.step(unet, COMPARED), room=3)
 
 
 def measure(
@@ -106,7 +115,7 @@ def measure(
         except Exception as error:  # stock ran
             rows[enabled.name] = enabled.row() | {"within": False, "reason": first_line(error)}
             continue
-        truth = None if exact else in_float64(base, inputs)
+        truth = None if exact else compared_in_float64(base, inputs)
         rows[enabled.name] = enabled.row() | gate(actual, expected, truth, exact=exact)
     if all(row.get("within", True) for row in rows.values()):
         for name, timing in interleaved(runs, device, rounds).items():

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
 from ipa_kernels import decoupled_attention
+from ipa_kernels.dtypes import dtype_name
 from ipa_kernels.kernels import launch_table, variant
 from ipa_kernels.ops import support
 
@@ -44,7 +45,7 @@ def main() -> None:
         except Exception as error:
             inductor = str(error)
     config = launch_table.find("sm_90", 16, query.shape[3], query.shape[2])
-    names = [str(mask.dtype).removeprefix("torch.") for mask in masks]
+    names = [dtype_name(mask.dtype) for mask in masks]
     made = variant.variant("float16", query.shape[3], tuple(key.shape[2] for key in keys), tuple(names), False, config)
     target = GPUTarget("cuda", 90, 32)
     compiled = triton.compile(variant.source(made), target=target, options=launch_table.options(config))

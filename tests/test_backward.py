@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from ipa_kernels import UnsupportedError, decoupled_attention, reference
@@ -319,6 +320,52 @@ def attend(*leaves: Tensor) -> Tensor:
     return decoupled_attention(query, key, value, [image_key], [image_value], image_scales=0.5, impl="triton")
 
 
+@pytest.mark.parametrize("upstream", ["negated view", "packed otherwise", "one number", "None"])
+def test_gradients_of_the_output_as_torch_hands_them_over(upstream: str, device: torch.device) -> None:
+    leaves = small(device)
+    numbers = torch.randn(2, 2, 33, 24, device=device)
+
+    def loss(out: Tensor) -> Tensor:
+        given = {
+            "negated view": torch._neg_view(numbers.to(out.dtype)),
+            "packed otherwise": numbers.to(out.dtype).permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+            "one number": torch.ones((), dtype=out.dtype, device=device).expand(out.shape),
+            "None": None,
+        }[upstream]
+        return _Handed.apply(out, given)
+
+    found = torch.autograd.grad(loss(attend(*leaves)), leaves)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    query, key, value, image_key, image_value = exact
+    out = reference.decoupled_attention(query, key, value, [image_key], [image_value], image_scales=0.5)
+    truth = torch.autograd.grad(loss(out), exact, materialize_grads=True)
+    for actual, expected in zip(found, truth, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+class _Handed(torch.autograd.Function):
+    """A number whose gradient is the given tensor as it is, or None."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, given: Tensor | None) -> Tensor:
+        ctx.given = given
+        return out.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
+        return ctx.given, None
+
+
+def test_a_backward_under_transforms_and_tangents_is_refused(device: torch.device) -> None:
+    leaves = small(device)
+    out = attend(*leaves)
+    several = torch.ones(3, *out.shape, device=device)
+    with pytest.raises(UnsupportedError, match=r"torch\.func"):
+        torch.func.vmap(lambda one: torch.autograd.grad(out, leaves, one, retain_graph=True))(several)
+    with forward_ad.dual_level(), pytest.raises(UnsupportedError, match="forward-mode"):
+        torch.autograd.grad(out, leaves, forward_ad.make_dual(several[0], several[0]))
+
+
 def test_nothing_but_the_inputs_is_kept(device: torch.device) -> None:
     leaves = small(device)
     saved: list[Tensor] = []
@@ -362,8 +409,8 @@ def test_transforms_and_tangents_are_refused(device: torch.device) -> None:
     leaves = [leaf.detach() for leaf in small(device)]
     with pytest.raises(UnsupportedError, match=r"torch\.func"):
         torch.func.vjp(attend, *leaves)
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(UnsupportedError, match="forward-mode"):
-        attend(torch.autograd.forward_ad.make_dual(leaves[0], leaves[0]), *leaves[1:])
+    with forward_ad.dual_level(), pytest.raises(UnsupportedError, match="forward-mode"):
+        attend(forward_ad.make_dual(leaves[0], leaves[0]), *leaves[1:])
 
 
 def test_what_the_table_refuses_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:

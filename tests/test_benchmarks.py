@@ -320,6 +320,24 @@ def test_a_unet_with_wrong_gradients_is_not_timed(monkeypatch: pytest.MonkeyPatc
     assert all("seconds" not in row for row in rows if row["candidate"] == "ipa_kernels")
 
 
+def test_where_float64_does_not_fit_stock_is_the_ruler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    right = training.Step.__call__
+
+    def short(step):
+        if step.dtype == torch.float64:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return right(step)
+
+    monkeypatch.setattr(training.Step, "__call__", short)
+    file = tmp_path / "training.json"
+    arguments = ["--device", "cpu", "--rounds", "1", "--cases", "--models", "tiny", "--json", str(file)]
+    monkeypatch.setattr("sys.argv", ["training", *arguments])
+    assert training.main() == 0
+    rows = json.loads(file.read_text())["models"]["tiny"]["rows"]
+    assert all(row["within"] for row in rows)
+    assert [row["relative to stock"] for row in rows if row["candidate"] == "ipa_kernels"] == [0.0, 0.0]
+
+
 def test_saved_bytes_are_counted_once() -> None:
     weight, inputs = torch.ones(100, requires_grad=True), torch.ones(100)
     assert training.saved_bytes(lambda: (weight * inputs).sum(), []) == 400, "of a product with a constant, the constant"

@@ -1,9 +1,13 @@
 """The eager twin: bit for bit what diffusers' processor computes, and the oracle's meaning for everything else."""
 
 import importlib.util
+import itertools
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from ipa_kernels import decoupled_attention, reference
 from ipa_kernels.cases import CASES, Case, Inputs
@@ -80,6 +84,73 @@ def test_shared_keys_are_expanded() -> None:
     positional, keywords = shared.arguments()
     actual = decoupled_attention(*positional, **keywords, impl="eager")
     torch.testing.assert_close(actual, reference.decoupled_attention(*positional, **keywords))
+
+
+NO_RULE = "ignore:There is a performance drop because we have not yet implemented the batching rule"
+
+
+def batched() -> dict[str, Tensor]:
+    """Three draws of every tensor of a call with one image branch."""
+    shapes = {
+        "query": (2, 2, 5, 8), "key": (2, 2, 7, 8), "value": (1, 2, 7, 8), "image_key": (2, 2, 4, 8),
+        "image_value": (1, 2, 4, 8), "image_scales": (1,), "mask": (5,), "attn_mask": (5, 7),
+    }  # fmt: skip
+    return {name: torch.randn(3, *shape) for name, shape in shapes.items()}
+
+
+def attend(image_key: Tensor, image_value: Tensor, mask: Tensor, **rest: Any) -> Tensor:
+    return decoupled_attention(image_keys=[image_key], image_values=[image_value], image_masks=[mask], impl="eager", **rest)
+
+
+@pytest.mark.filterwarnings(NO_RULE)
+@pytest.mark.parametrize("scale", [None, 1, 0.6])
+def test_vmap_over_any_of_the_tensors_is_a_loop(scale: float | None) -> None:
+    every = batched() if scale is None else {**batched(), "image_scales": scale}
+    names = [name for name, tensor in every.items() if isinstance(tensor, Tensor)]
+    for count in range(1, len(names) + 1):
+        for over in itertools.combinations(names, count):
+            rest = {name: given[0] if name in names else given for name, given in every.items() if name not in over}
+            several = {name: every[name] for name in over}
+            found = torch.func.vmap(lambda several, rest=rest: attend(**several, **rest))(several)
+            loop = [attend(**{name: tensor[i] for name, tensor in several.items()}, **rest) for i in range(3)]
+            torch.testing.assert_close(found, torch.stack(loop), msg=str(over))
+
+
+def test_vmap_in_a_graph() -> None:
+    every = batched()
+    mask, rest = every.pop("mask"), {name: tensor[0] for name, tensor in every.items()}
+    rest["image_scales"] = 0.6
+
+    def over_masks(mask: Tensor) -> Tensor:
+        return torch.func.vmap(lambda mask: attend(mask=mask, **rest))(mask)
+
+    torch.testing.assert_close(torch.compile(over_masks, fullgraph=True, backend="eager")(mask), over_masks(mask))
+
+
+@pytest.mark.filterwarnings(NO_RULE)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_scale_of_zero_has_its_true_derivative_under_transforms() -> None:
+    every = {name: tensor[0] for name, tensor in batched().items()}
+    scale = every.pop("image_scales").zero_().requires_grad_()
+
+    def total(scale: Tensor) -> Tensor:
+        return attend(image_scales=scale, **every).sum()
+
+    (expected,) = torch.autograd.grad(total(scale), scale)
+    assert expected != 0
+    scale = scale.detach()
+    several = scale.expand(3, 1)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(total(forward_ad.make_dual(scale, torch.ones(1)))).tangent
+    found = {
+        "grad": torch.func.grad(total)(scale),
+        "vmap(grad)": torch.func.vmap(torch.func.grad(total))(several)[1],
+        "grad(vmap)": torch.func.grad(lambda scales: torch.func.vmap(total)(scales).sum())(several)[1],
+        "jvp": torch.func.jvp(total, (scale,), (torch.ones(1),))[1][None],
+        "dual level": dual[None],
+    }
+    for name, derivative in found.items():
+        torch.testing.assert_close(derivative, expected, msg=name)
 
 
 def small() -> Inputs:

@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 import ipa_kernels
 from ipa_kernels import decoupled_attention
 
 OP = torch.ops.ipa_kernels.decoupled_attention
+BACKWARD = torch.ops.ipa_kernels.decoupled_attention_backward
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +75,41 @@ def test_opcheck(impl: str, dtype: torch.dtype) -> None:
         torch.library.opcheck(OP, arguments)
 
 
+@pytest.mark.parametrize("stored", ["[B, H, N, D]", "[B, N, H, D]"])
+@pytest.mark.parametrize("impl", ["triton", "auto"])
+@pytest.mark.parametrize(("batch", "heads", "queries", "image"), [(2, 2, 5, 4), (1, 2, 3, 1), (2, 1, 1, 2)], ids=str)
+def test_what_compilers_are_told_of_memory_is_so(
+    batch: int, heads: int, queries: int, image: int, impl: str, stored: str
+) -> None:
+    """Of the output and of every gradient, with others and without: Inductor reads them by the strides that it was told."""
+
+    def randn(rows: int, of: int = batch) -> Tensor:
+        shape = (of, rows, heads, 16) if stored == "[B, N, H, D]" else (of, heads, rows, 16)
+        return torch.randn(shape).transpose(1, 2) if stored == "[B, N, H, D]" else torch.randn(shape)
+
+    keys, values = ([randn(7), randn(image), randn(3, of=1)] for _ in range(2))
+    scales, masks = torch.rand(batch, 2), [torch.rand(batch, queries)]
+    arguments = randn(queries), keys, values, scales, masks, [True, False], 0.25, True, impl
+    assert_as_told(OP, arguments)
+    odd = [bool(i % 2) for i in range(9)]
+    for needed in ([True] * 9, odd, [not need for need in odd]):
+        assert_as_told(BACKWARD, (randn(queries), *arguments, needed))
+    if impl == "triton":
+        # an op that calls autograd, as eager's gradients do, cannot be called below it
+        torch.library.opcheck(BACKWARD, (randn(queries), *arguments, odd), test_utils=("test_schema", "test_faketensor"))
+
+
+def assert_as_told(op: Any, arguments: tuple[Any, ...]) -> None:
+    """The shapes, dtypes and strides of what an op returns are those of its fake."""
+    with FakeTensorMode() as mode:
+        told = op(*pytree.tree_map_only(Tensor, mode.from_tensor, arguments))
+    real = op(*arguments)
+    for one, other in zip(pytree.tree_leaves(real), pytree.tree_leaves(told), strict=True):
+        assert (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+        for size, stride, expected in zip(one.shape, one.stride(), other.stride(), strict=True):
+            assert size == 1 or stride == expected, f"{one.stride()}, told: {other.stride()}"
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("impl", ["auto", "triton", "eager"])
 def test_one_graph_for_any_scale_and_any_number_of_queries(impl: str, dynamic: bool | None) -> None:
@@ -121,6 +158,29 @@ def test_gradients_in_a_graph(impl: str) -> None:
     found, expected = (torch.autograd.grad(run(kind), leaves) for run, kind in ((compiled, impl), (loss, "eager")))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_gradients_in_a_graph_of_the_default_backend(
+    dynamic: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Inductor generates around the backward kernel reads its results where they are."""
+    # its cache on disk does not know what this package tells it of memory
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    query, key, value, keys, values = draw()
+    scales, weight = torch.tensor([0.5, 0.8]), torch.randn(16, 16)
+    leaves = [tensor.requires_grad_() for tensor in (query, key, *keys, *values, scales, weight)]
+
+    def loss(impl: str) -> Tensor:
+        own = [[image * 1.5 for image in images] for images in (keys, values)]
+        out = attend(query @ weight, key * 2, value, *own, scales, None, impl)
+        return out.transpose(1, 2).flatten(2).square().sum()
+
+    with torch._inductor.config.patch(compile_threads=1):
+        found = torch.autograd.grad(torch.compile(loss, fullgraph=True, dynamic=dynamic)("triton"), leaves)
+    for one, other in zip(found, torch.autograd.grad(loss("eager"), leaves), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("needed", ["query", "keys", "scales", "nothing"])

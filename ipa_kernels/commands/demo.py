@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ..dtypes import dtype_name
 from .errors import UserError
 from .files import check_overwriting, writable
 from .generation import Request, compare, enough_memory, print_outcome
@@ -57,7 +58,7 @@ def run(options: Options) -> int:
             what = f"{options.model} with {options.ip_adapter}"
         pipe.to(device)
         pipe.set_ip_adapter_scale(options.scale)
-        print(f"{type(pipe).__name__} ({what}) on {device} in {str(dtype).removeprefix('torch.')}")
+        print(f"{type(pipe).__name__} ({what}) on {device} in {dtype_name(dtype)}")
         print(f"{options.steps} steps after one to warm up, seed {options.seed}, IP-Adapter scale {options.scale}", flush=True)
         arguments = {"prompt": options.prompt, "ip_adapter_image": reference}
         stock, fused, report = compare(Request(pipe, device, arguments, options.steps, options.seed))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..dtypes import dtype_name
 from ..measure import first_line
 from ..reference import Comparison, kept
 from .machine import is_about_memory
@@ -94,10 +95,6 @@ def ratios(draws: Iterable[Comparison]) -> list[str]:
         _ratio(*max(((d.rms, d.allowed_rms, d.stock_rms) for d in draws), key=_badness)),
         _ratio(*max(((d.max, d.allowed_max, d.stock_max) for d in draws), key=_badness)),
     ]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _badness(figures: tuple[float, float, float]) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..dtypes import dtype_name
 from .errors import UserError
 from .files import check_overwriting, writable
 from .generation import Request, Result, accelerate, check_size, compare, enough_memory, print_outcome
@@ -148,7 +149,7 @@ def _print_request(request: Request, options: Options, dtype: torch.dtype, input
     pipe, arguments = request.pipe, request.arguments
     what = options.model or "built in code, random weights, 1 CPU thread"
     offload = f", offloading: {options.offload}" if options.offload != "none" else ""
-    print(f"{type(pipe).__name__} ({what}) on {request.device} in {str(dtype).removeprefix('torch.')}{offload}")
+    print(f"{type(pipe).__name__} ({what}) on {request.device} in {dtype_name(dtype)}{offload}")
     for each in inputs:
         images, scale = ", ".join(each.adapter.images), each.adapter.scale
         where = f" where {', '.join(each.adapter.masks)} are light" if each.masks else ""

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
+from ..dtypes import dtype_name
 from ..ops import UnsupportedError
 from .errors import UserError, why
-from .findings import Checked, dtype_name
+from .findings import Checked
 from .layers import watch
 from .loading import Weights, build_pipeline, check_paths, load_pipeline, read_picture
 from .pictures import draw_reference

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from .. import __version__
+from ..dtypes import dtype_name
 from ..report import Report
 from .generation import Request, Result
 from .pairing import Adapter
@@ -46,7 +47,7 @@ def settings(request: Request, model: str | None, adapters: list[Adapter], dtype
                 "steps": request.steps,
                 "seed": request.seed,
                 "device": str(request.device),
-                "dtype": str(dtype).removeprefix("torch."),
+                "dtype": dtype_name(dtype),
             },
             ensure_ascii=False,
         )

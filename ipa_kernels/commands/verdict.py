@@ -3,7 +3,8 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from .findings import NAMES, Checked, dtype_name
+from ..dtypes import dtype_name
+from .findings import NAMES, Checked
 
 _SHOWN = 8
 """Of what speaks against: more is in the file of --json."""

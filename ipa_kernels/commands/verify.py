@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from ..cases import Case
+from ..dtypes import dtype_name
 from ..measure import machine_facts
 from ..ops.support import allows_tf32, kernel_module, layer_reasons
 from . import named_cases
 from .defaults import IMAGE_ENCODER, PROMPT, SCALE
 from .errors import UserError
 from .files import json_file, written
-from .findings import Checked, dtype_name, ratios
+from .findings import Checked, ratios
 from .imports import quiet_imports
 from .machine import available_device, check_switch
 from .progress import progress

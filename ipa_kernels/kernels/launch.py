@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..dtypes import dtype_name
 from .decoupled_attention import decoupled_attention_kernel
 from .launch_table import LaunchConfig, options
 from .variant import INTERPRETED, Variant, source, variant, vector
@@ -19,6 +20,9 @@ class Launch:
     shape: [B, H, M, D] of the query; keys, values: [B or 1, H, N, D], text first; scales: [B or 1, n] float32, None without
     an image branch; masks: [B or 1, M] or None, one per image branch. All on one device, all but scales and masks of one
     dtype. It keeps what it was given: the memory that it points to stays where it is.
+
+    vector, tensors and numbers are for the backward too: the elements in 16 bytes; keys, values, scales and masks as kernels
+    read them; their strides, the sizes, and the factor of the scores.
     """
 
     def __init__(
@@ -39,35 +43,35 @@ class Launch:
         self.variant = variant(
             dtype, head_dim, lengths, tuple(m if m is None else dtype_name(m.dtype) for m in masks), tf32, config
         )
-        self._vector = vector(dtype)
+        self.vector = width = vector(dtype)
         self._grid = (heads * triton.cdiv(queries, config.block_m), batch, 1)
-        self._packed = (queries * heads * head_dim // self._vector, head_dim // self._vector, heads * head_dim // self._vector)
+        self._packed = (queries * heads * head_dim // width, head_dim // width, heads * head_dim // width)
         self._compiled: Any = decoupled_attention_kernel if INTERPRETED else None
 
-        keys = tuple(readable(key, self._vector) for key in keys)
-        values = tuple(readable(value, self._vector) for value in values)
+        keys = tuple(readable(key, width) for key in keys)
+        values = tuple(readable(value, width) for value in values)
         scales = scales if scales is None or scales.stride(1) == 1 else scales.contiguous()
         masks = tuple(mask if mask is None or mask.stride(1) == 1 else mask.contiguous() for mask in masks)
-        self._before = (keys, values, scales, masks)
-        self._after = (
-            tuple(strides_of(key, batch, self._vector) for key in keys),
-            tuple(strides_of(value, batch, self._vector) for value in values),
+        self.tensors = (keys, values, scales, masks)
+        self.numbers = (
+            tuple(strides_of(key, batch, width) for key in keys),
+            tuple(strides_of(value, batch, width) for value in values),
             0 if scales is None or scales.shape[0] < batch else scales.stride(0),
             tuple(0 if mask is None or mask.shape[0] < batch else mask.stride(0) for mask in masks),
             heads,
             queries,
             lengths,
             softmax_scale * math.log2(math.e),
-            *self.variant.constants.values(),
         )
+        self._after = (*self.numbers, *self.variant.constants.values())
 
     def __call__(self, query: Tensor) -> Tensor:
         """[B, H, M, D] to the same, stored [B, M, H, D]; on the device of the query, and its current stream."""
         _check_shape(query.shape, self.shape)
         batch, heads, queries, head_dim = self.shape
         out = torch.empty((batch, queries, heads, head_dim), dtype=self.dtype, device=self.device)
-        query = readable(query, self._vector)
-        self._launch(out, query, strides_of(query, batch, self._vector))
+        query = readable(query, self.vector)
+        self._launch(out, query, strides_of(query, batch, self.vector))
         return out.transpose(1, 2)
 
     def packed(self, query: Tensor) -> Tensor:
@@ -88,7 +92,7 @@ class Launch:
                 return self._launch(out, query, strides)
         if self._compiled is None:
             self._compiled = _compiled(self.variant, self.device)
-        self._compiled[self._grid](out, query, *self._before, strides, *self._after)
+        self._compiled[self._grid](out, query, *self.tensors, strides, *self._after)
 
 
 @functools.cache
@@ -101,10 +105,6 @@ def _check_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     # the grid and the strides are those of the expected one: another would be read and written out of bounds
     if shape != expected:
         raise ValueError(f"query: expected the shape {list(expected)} that the launch was made for, got {list(shape)}")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def readable(tensor: Tensor, vector: int) -> Tensor:

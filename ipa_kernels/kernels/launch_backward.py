@@ -4,7 +4,6 @@ Sums are taken by torch, in an order that the shapes settle: no atomics, the sam
 """
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +12,9 @@ import triton
 from torch import Tensor
 
 from .decoupled_attention_backward import decoupled_attention_backward_kernel
-from .launch import dtype_name, readable, strides_of
+from .launch import Launch, readable, strides_of
 from .launch_table import LaunchConfig, options
-from .variant import INTERPRETED, Variant, variant, vector
+from .variant import INTERPRETED, Variant
 from .variant_backward import Wanted, backward_source
 
 
@@ -44,33 +43,24 @@ def backward(
     wanted: Wanted,
 ) -> Gradients:
     """From the gradient of the output [B, H, M, D], and the inputs of `Launch`."""
-    batch, heads, queries, head_dim = query.shape
-    dtype, device, lengths = dtype_name(query.dtype), query.device, tuple(key.shape[2] for key in keys)
-    made_for = variant(dtype, head_dim, lengths, tuple(m if m is None else dtype_name(m.dtype) for m in masks), tf32, config)
-    width = vector(dtype)
+    forward = Launch(query.shape, keys, values, scales, masks, softmax_scale, tf32, config)
+    (batch, heads, queries, head_dim), device, width = query.shape, query.device, forward.vector
     gradient, query = readable(gradient, width), readable(query, width)
-    keys, values = tuple(readable(key, width) for key in keys), tuple(readable(value, width) for value in values)
-    scales = scales if scales is None or scales.stride(1) == 1 else scales.contiguous()
-    masks = tuple(mask if mask is None or mask.stride(1) == 1 else mask.contiguous() for mask in masks)
-
     blocks = triton.cdiv(queries, config.block_m)
     out = torch.empty((batch, queries, heads, head_dim), dtype=query.dtype, device=device)
 
     def shares(asked: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-        shapes = ((blocks, batch, length, heads, head_dim) for length in lengths)
+        shapes = ((blocks, batch, key.shape[2], heads, head_dim) for key in keys)
         return tuple(_sums(shape, device) if yes else None for shape, yes in zip(shapes, asked, strict=True))
 
     key_shares, value_shares = shares(wanted.keys), shares(wanted.values)
     weights = tuple(_sums((batch, heads, queries), device) if yes else None for yes in wanted.weights)
     arguments = (
-        out, key_shares, value_shares, weights, query, gradient, keys, values, scales, masks,
-        strides_of(query, batch, width), strides_of(gradient, batch, width),
-        tuple(strides_of(key, batch, width) for key in keys), tuple(strides_of(value, batch, width) for value in values),
-        0 if scales is None or scales.shape[0] < batch else scales.stride(0),
-        tuple(0 if mask is None or mask.shape[0] < batch else mask.stride(0) for mask in masks),
-        heads, queries, lengths, softmax_scale * math.log2(math.e), softmax_scale, *made_for.constants.values(),
+        out, key_shares, value_shares, weights, query, gradient, *forward.tensors,
+        strides_of(query, batch, width), strides_of(gradient, batch, width), *forward.numbers, softmax_scale,
+        *forward.variant.constants.values(),
     )  # fmt: skip
-    _launch(made_for, wanted, device, (heads * blocks, batch, 1), arguments)
+    _launch(forward.variant, wanted, device, (heads * blocks, batch, 1), arguments)
     return Gradients(
         out.transpose(1, 2),
         tuple(_total(share, key) for share, key in zip(key_shares, keys, strict=True)),

@@ -99,6 +99,16 @@ def needs_gradient(problem: Problem) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in problem.tensors())
 
 
+def has_tangents() -> bool:
+    """Whether a dual level of forward-mode differentiation is around this call."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is around this call; False where a compiler traces it, which does not tell."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def default_softmax_scale(head_dim: int) -> float:
     """1/sqrt(D), as in SDPA."""
     return 1 / math.sqrt(head_dim)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Problem
-from .support import UnsupportedError, allows_tf32, backward_config, backward_module
+from .support import UnsupportedError, allows_tf32, backward_config, backward_module, transform_reasons
 from .weights import masks_for_kernel, scales_for_kernel
 
 if TYPE_CHECKING:
@@ -101,11 +101,15 @@ class _Once(torch.autograd.Function):
 def _gradients(
     form: _Form, tensors: tuple[Tensor, ...], needed: tuple[bool, ...], gradient: Tensor
 ) -> tuple[Tensor | None, ...]:
+    reasons = transform_reasons()
+    if reasons:
+        raise UnsupportedError("; ".join(reasons))
     problem = form.fill(tensors)
     query, keys, values, scales, masks = form.split(needed)
-    found = _launch(problem, gradient, keys, values, tuple(bool(scales or mask) for mask in masks))
-    gradients = [found.query if query else None, *found.keys, *found.values]
     weights = scales_for_kernel(problem)
+    # a view that negates lazily shares its memory with what it negates
+    found = _launch(problem, gradient.resolve_neg(), weights, keys, values, tuple(bool(scales or mask) for mask in masks))
+    gradients = [found.query if query else None, *found.keys, *found.values]
     if scales is not None:
         gradients.append(_scales(problem, found.weights) if scales else None)
     for i, mask in enumerate(problem.masks):
@@ -116,7 +120,12 @@ def _gradients(
 
 
 def _launch(
-    problem: Problem, gradient: Tensor, keys: tuple[bool, ...], values: tuple[bool, ...], weights: tuple[bool, ...]
+    problem: Problem,
+    gradient: Tensor,
+    scales: Tensor | None,
+    keys: tuple[bool, ...],
+    values: tuple[bool, ...],
+    weights: tuple[bool, ...],
 ) -> "Gradients":
     query, kernel = problem.query, backward_module()
     config = backward_config(problem)
@@ -126,7 +135,7 @@ def _launch(
         query,
         problem.keys,
         problem.values,
-        scales_for_kernel(problem),
+        scales,
         masks_for_kernel(problem),
         problem.softmax_scale,
         allows_tf32(query.device),

@@ -19,7 +19,7 @@ from .support import (
     launch_config,
     slower_reasons,
 )
-from .weights import masks_for_kernel, scales_for_kernel
+from .weights import filled, masks_for_kernel, scales_for_kernel
 
 if TYPE_CHECKING:
     from ..kernels.launch import Launch
@@ -126,8 +126,7 @@ def record(problem: Problem, impl: str) -> Tensor:
     """The kernel in a graph, as the op of `registered`; where "auto" finds its sizes to be for eager, that runs inside."""
     scales = problem.scales
     if problem.masks and not isinstance(scales, Tensor):
-        # a number that changes from call to call is a symbol here: filled in, it stays one
-        scales = torch.cat([problem.query.new_full((1, 1), scale, dtype=torch.float32) for scale in scales], dim=1)
+        scales = filled(scales, problem.query.device)
     return torch.ops.ipa_kernels.decoupled_attention(  # type: ignore[no-any-return]
         problem.query,
         list(problem.keys),

@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import Problem, default_softmax_scale, needs_gradient
+from .arguments import Problem, default_softmax_scale, has_tangents, is_transformed, needs_gradient
 
 
 def decoupled_attention(problem: Problem) -> Tensor:
     """[B, H, M, D], stored [B, M, H, D]."""
-    recorded = needs_gradient(problem)
+    recorded = needs_gradient(problem) or has_tangents() or is_transformed()
+    # autograd may have saved a result, and one of torch.func's batches may not fit into it; otherwise it is nobody else's
+    in_place = not (recorded or torch.compiler.is_compiling())
     out = _attention(problem, problem.keys[0], problem.values[0], problem.attn_mask)
     for i, mask in enumerate(problem.masks):
         scale, key, value = _scale(problem, i), problem.keys[i + 1], problem.values[i + 1]
@@ -27,14 +29,13 @@ def decoupled_attention(problem: Problem) -> Tensor:
             weights = mask.to(image.dtype)[:, None, :, None]
             if isinstance(scale, Tensor) and recorded:
                 weights = _finite_where_zero(weights, scale)
-            # autograd may have saved it; otherwise it is nobody else's
-            image = image * weights if recorded else image.mul_(weights)
+            image = image.mul_(weights) if in_place else image * weights
         if isinstance(scale, Tensor):
             # selected, not multiplied: a branch of scale 0 contributes nothing even where it holds NaN
             added = out + (scale * image).to(image.dtype)
             out = added if recorded else torch.where(scale == 0, out, added)
             continue
-        if recorded:
+        if not in_place:
             out = out + scale * image
             continue
         # times 1 is exact, so that it can be left out

@@ -66,19 +66,32 @@ def _gradients(gradient: Tensor, *arguments: Any) -> list[Tensor]:
         chosen, _ = choose(problem, impl)
         if chosen != "triton":
             out = run(problem, chosen)
-            return list(torch.autograd.grad(out, [tensor for tensor in tensors if tensor.requires_grad], gradient))
+            found = torch.autograd.grad(out, [tensor for tensor in tensors if tensor.requires_grad], gradient)
+            return [_packed(tensor) for tensor in found]
     with torch.no_grad():
-        return [found for found in gradients(problem, needed, gradient) if found is not None]
+        return [_packed(tensor) for tensor in gradients(problem, needed, gradient) if tensor is not None]
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    """As a compiler was told that it is stored: [B, H, N, D] as [B, N, H, D], anything else as it is."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2) if tensor.ndim == 4 else tensor.contiguous()
+
+
+def _blank(tensor: Tensor) -> Tensor:
+    """`_packed`, of the same shape, for a compiler to look at."""
+    if tensor.ndim != 4:
+        return tensor.new_empty(tensor.shape)
+    batch, heads, rows, head_dim = tensor.shape
+    return tensor.new_empty((batch, rows, heads, head_dim)).transpose(1, 2)
 
 
 def _shape(query: Tensor, *arguments: object) -> Tensor:
-    batch, heads, queries, head_dim = query.shape
-    return query.new_empty((batch, queries, heads, head_dim)).transpose(1, 2)
+    return _blank(query)
 
 
 def _shapes(gradient: Tensor, *arguments: Any) -> list[Tensor]:
     *parts, _, needed = arguments
-    return [tensor.new_empty(tensor.shape) for tensor, need in zip(_problem(*parts).tensors(), needed, strict=True) if need]
+    return [_blank(tensor) for tensor, need in zip(_problem(*parts).tensors(), needed, strict=True) if need]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import launch_table, launch_table_backward
-from .arguments import Problem, needs_gradient
+from .arguments import Problem, has_tangents, is_transformed, needs_gradient
 
 
 class UnsupportedError(ValueError):
@@ -168,10 +168,7 @@ def call_reasons(problem: Problem) -> list[str]:
         reasons.append(f"batch {query.shape[0]}: a GPU grid ends at 65535; use smaller batches")
     if needs_gradient(problem):
         reasons += gradient_reasons(query.device, query.dtype, query.shape[3], image_keys)
-    if torch.autograd.forward_ad._current_level >= 0:
-        reasons.append("forward-mode differentiation: the kernel has no tangents; call it outside of the dual level")
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        reasons.append("torch.func: the kernel has no rules for its transforms; call it outside of them")
+    reasons += transform_reasons()
     for name, tensor in _named(problem):
         if tensor.shape[3] > 1 and tensor.stride(3) != 1:
             reasons.append(f"{name} strides {tuple(tensor.stride())}: the kernel needs a last stride of 1; use .contiguous()")
@@ -180,6 +177,16 @@ def call_reasons(problem: Problem) -> list[str]:
     for name, tensor in (*_named(problem), *weights):
         if tensor.is_neg():
             reasons.append(f"{name}: a lazily negated view; use .resolve_neg()")
+    return reasons
+
+
+def transform_reasons() -> list[str]:
+    """Why what is around a call, or around its backward, would not see through the kernel."""
+    reasons = []
+    if has_tangents():
+        reasons.append("forward-mode differentiation: the kernel has no tangents; call it outside of the dual level")
+    if is_transformed():
+        reasons.append("torch.func: the kernel has no rules for its transforms; call it outside of them")
     return reasons
 
 

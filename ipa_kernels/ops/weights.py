@@ -1,6 +1,7 @@
 """Scales and masks in the form that the kernels read."""
 
 import functools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -12,23 +13,43 @@ def scales_for_kernel(problem: Problem) -> Tensor | None:
     """[B or 1, n] in float32 on the device of the query."""
     if not problem.masks:
         return None
-    scales = problem.scales
+    scales, device = problem.scales, problem.query.device
     if not isinstance(scales, Tensor):
-        return _scales_on_device(scales, problem.query.device)
-    return _to_device(scales.to(torch.float32), problem.query.device)
+        stream = _stream(device)
+        return filled(scales, device) if stream is None else _remembered(scales, device, stream)
+    if scales.device != device and _stream(device) is None:
+        return torch.cat([filled(row, device) for row in scales.tolist()])
+    return _copied(scales.to(torch.float32), device)
+
+
+def filled(scales: Iterable[float], device: torch.device) -> Tensor:
+    """[1, n] in float32, each number written by the device itself.
+
+    A compiler may hold a symbol for a number. A CUDA graph fills its own memory in each replay: it reads nothing that may be
+    gone by then, and leaves nothing behind that is empty until then.
+    """
+    return torch.cat([torch.full((1, 1), scale, dtype=torch.float32, device=device) for scale in scales], dim=1)
 
 
 @functools.lru_cache(maxsize=256)
-def _scales_on_device(scales: tuple[float, ...], device: torch.device) -> Tensor:
-    # remembered by value: copying a few numbers to a GPU costs more than the kernel
-    return _to_device(torch.tensor([scales], dtype=torch.float32), device)
+def _remembered(scales: tuple[float, ...], device: torch.device, stream: int) -> Tensor:
+    # by value: copying a few numbers to a GPU costs more than the kernel; and by stream: on another one the copy may still
+    # be under way, and memory that is let go of is given to the next that asks on its own stream
+    return _copied(torch.tensor([scales], dtype=torch.float32, device="cpu"), device)
 
 
-def _to_device(scales: Tensor, device: torch.device) -> Tensor:
+def _copied(scales: Tensor, device: torch.device) -> Tensor:
     if scales.device == device:
         return scales
     # from pinned memory the copy does not wait for what the GPU is doing
     return scales.pin_memory().to(device, non_blocking=True)
+
+
+def _stream(device: torch.device) -> int | None:
+    """What the current call is queued on; None where it is captured in a CUDA graph."""
+    if device.type != "cuda":
+        return 0
+    return None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(device).cuda_stream
 
 
 def masks_for_kernel(problem: Problem) -> tuple[Tensor | None, ...]:

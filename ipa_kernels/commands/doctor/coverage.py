@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ...cases import CASES
+from ...dtypes import dtype_name
 from ...kernels.launch_table import ANY, LARGEST_HEAD_DIM
 from ...ops.decoupled_attention import decoupled_attention
 from ...ops.support import automatic_reasons, gradient_reasons, layer_reasons, length_reasons
@@ -48,7 +49,7 @@ def coverage(device: torch.device, *, gradient: bool) -> list[Group]:
         ordered = sorted(
             ((kind, tuple(head_dims)) for kind, head_dims in kinds.items()), key=lambda item: item[0][0] == "eager"
         )
-        alike.setdefault(tuple(ordered), []).append(str(dtype).removeprefix("torch."))
+        alike.setdefault(tuple(ordered), []).append(dtype_name(dtype))
     return [Group(tuple(dtypes), head_dims, *kind) for kinds, dtypes in alike.items() for kind, head_dims in kinds]
 
 
