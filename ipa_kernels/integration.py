@@ -83,7 +83,11 @@ def accelerated(target: Any, *, impl: str = "auto", cache: bool = True) -> Itera
     unet = unet_of(target)
     watch = watch_module()
     if os.environ.get(OFF) == "1":
-        yield enable(target, impl=impl, cache=cache)
+        report = enable(target, impl=impl, cache=cache)
+        try:
+            yield report
+        finally:
+            vars(report).update(vars(_report(unet, report.target)) | {"note": report.note})
         return
     check_impl(impl)
     block = [watch.Options(impl, cache)]

@@ -383,9 +383,14 @@ def test_the_environment_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     report = ipa_kernels.enable(pipe)
     assert "IPA_KERNELS_DISABLE=1" in str(report)
     assert not traces(pipe.unet)
-    with ipa_kernels.accelerated(pipe) as report:
+    monkeypatch.delenv("IPA_KERNELS_DISABLE")
+    ipa_kernels.enable(pipe)
+    monkeypatch.setenv("IPA_KERNELS_DISABLE", "1")
+    with ipa_kernels.accelerated(pipe, impl="triton") as report:
         assert "IPA_KERNELS_DISABLE=1" in report.note
+        generate(pipe, ("base",))
     assert "IPA_KERNELS_DISABLE=1" in report.note
+    assert {layer.calls for layer in report.layers} == {2}
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda unet: pickle.loads(pickle.dumps(unet))], ids=["deepcopy", "pickle"])
