@@ -1,5 +1,6 @@
 """The kernel's gradients against float64 autograd of the oracle, beside what stock's autograd reaches in the same dtype."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -257,11 +258,13 @@ def test_gradients_of_all_forms_of_weights(form: str, scales: str, device: torch
 @pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # numpy, in the interpreter
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.parametrize("impl", ["triton", "eager"])
+@pytest.mark.filterwarnings("ignore:overflow encountered")
 @pytest.mark.parametrize("length", [16, 150])
-def test_a_branch_of_scale_zero(length: int, impl: str, device: torch.device) -> None:
-    """Its keys, values and mask get exactly 0, even where they hold NaN, and give nothing to the query."""
+@pytest.mark.parametrize("held", [math.nan, 1e38])
+def test_a_branch_of_scale_zero(held: float, length: int, impl: str, device: torch.device) -> None:
+    """Its keys, values and mask get exactly 0, even where they hold NaN or overflow, and give nothing to result and query."""
     inputs, upstream = draw(3, 1, 33, 24, (17, length), torch.float32, device)
-    poison = torch.full_like(inputs.image_keys[0], float("nan"))
+    poison = torch.full_like(inputs.image_keys[0], held)
     inputs = replace(inputs, image_keys=(poison,), image_values=(poison,))
     inputs.image_scales.zero_()
     every = {"Q", "K", "V", "K[0]", "V[0]", "mask[0]"}

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -73,6 +74,33 @@ def test_a_branch_of_scale_zero_may_hold_nan(scales: object) -> None:
     clean, _ = inputs.arguments()
     actual = decoupled_attention(*positional, **keywords, impl="eager")
     assert torch.equal(actual, decoupled_attention(*clean, **keywords, impl="eager"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "keys", "values", "mask"),
+    [(torch.float16, 1, 1, 6e4), (torch.float32, 1e38, 1, 1), (torch.float32, 1, 1e20, 1e20), (torch.bfloat16, 1, 1e38, 6e4)],
+    ids=repr,
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_branch_of_scale_zero_may_overflow(
+    dtype: torch.dtype, keys: float, values: float, mask: float, compiled: bool
+) -> None:
+    inputs = small().to(dtype)
+    large = replace(
+        inputs,
+        image_keys=tuple(key * keys for key in inputs.image_keys),
+        image_values=tuple(value * values for value in inputs.image_values),
+        image_scales=torch.zeros_like(inputs.image_scales),
+        image_masks=tuple(torch.full((1, inputs.query.shape[2]), mask, dtype=dtype) for _ in inputs.image_keys),
+    )
+    large.query.requires_grad_()
+    (query, key, value, *_), _ = large.arguments()
+    positional, keywords = large.arguments()
+    attend = torch.compile(decoupled_attention, backend="aot_eager") if compiled else decoupled_attention
+    out, text = attend(*positional, **keywords, impl="eager"), decoupled_attention(query, key, value, [], [], impl="eager")
+    assert torch.equal(out, text)
+    (found,), (expected,) = (torch.autograd.grad(result.float().square().sum(), [query]) for result in (out, text))
+    assert torch.equal(found, expected)
 
 
 def test_shared_keys_are_expanded() -> None:

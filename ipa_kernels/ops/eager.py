@@ -16,24 +16,24 @@ def decoupled_attention(problem: Problem) -> Tensor:
     recorded = needs_gradient(problem) or has_tangents() or is_transformed()
     # autograd may have saved a result, and one of torch.func's batches may not fit into it; otherwise it is nobody else's
     in_place = not (recorded or torch.compiler.is_compiling())
-    out = _attention(problem, problem.keys[0], problem.values[0], problem.attn_mask)
+    query = problem.query
+    out = _attention(problem, query, problem.keys[0], problem.values[0], problem.attn_mask)
     for i, mask in enumerate(problem.masks):
         scale, key, value = _scale(problem, i), problem.keys[i + 1], problem.values[i + 1]
         if isinstance(scale, float) and scale == 0:
             continue
+        weights = None if mask is None else mask.to(query.dtype)[:, None, :, None]
         if isinstance(scale, Tensor) and recorded:
             # nothing but 0 comes of a branch of scale 0 then: adding it is exact, and gives the scale its true derivative
-            key, value = _finite_where_zero(key, scale), _finite_where_zero(value, scale)
-        image = _attention(problem, key, value, None)
-        if mask is not None:
-            weights = mask.to(image.dtype)[:, None, :, None]
-            if isinstance(scale, Tensor) and recorded:
-                weights = _finite_where_zero(weights, scale)
+            image = _image_of_zero(problem, key, value, weights, scale == 0)
+            out = out + (scale * image).to(image.dtype)
+            continue
+        image = _attention(problem, query, key, value, None)
+        if weights is not None:
             image = image.mul_(weights) if in_place else image * weights
         if isinstance(scale, Tensor):
             # selected, not multiplied: a branch of scale 0 contributes nothing even where it holds NaN
-            added = out + (scale * image).to(image.dtype)
-            out = added if recorded else torch.where(scale == 0, out, added)
+            out = torch.where(scale == 0, out, out + (scale * image).to(image.dtype))
             continue
         if not in_place:
             out = out + scale * image
@@ -43,13 +43,19 @@ def decoupled_attention(problem: Problem) -> Tensor:
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _finite_where_zero(tensor: Tensor, scale: Tensor) -> Tensor:
-    """The tensor, without its NaN and infinities where the scale is 0: a gradient of 0 times those would be NaN."""
-    return torch.where(scale == 0, tensor.nan_to_num(0.0, 0.0, 0.0), tensor)
+def _image_of_zero(problem: Problem, key: Tensor, value: Tensor, weights: Tensor | None, zero: Tensor) -> Tensor:
+    """The branch, finite and without gradients where `zero`: finite inputs may overflow, and 0 times that would be NaN."""
+
+    def still(tensor: Tensor) -> Tensor:
+        return torch.where(zero, tensor.detach(), tensor)
+
+    image = _attention(problem, still(problem.query), still(key), still(value), None)
+    if weights is not None:
+        image = image * still(weights)
+    return torch.where(zero, image.nan_to_num(0.0, 0.0, 0.0), image)
 
 
-def _attention(problem: Problem, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    query = problem.query
+def _attention(problem: Problem, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
     batch = query.shape[0]
     key, value = key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
     if bias is not None:
