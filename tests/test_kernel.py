@@ -69,7 +69,7 @@ def compare(inputs: Inputs, *, copies: int = 1, **options: float) -> tuple[Tenso
     """The kernel's result, and its distance from float64 beside stock's, which gets every query `copies` times."""
     positional, keywords = inputs.arguments()
     actual = decoupled_attention(*positional, **keywords, **options, impl="triton")
-    masks = tuple(m if m is None else m.repeat_interleave(copies, 1) for m in inputs.image_masks)
+    masks = tuple(m if m is None else m.repeat_interleave(copies, -1) for m in inputs.image_masks)
     repeated = replace(inputs, query=inputs.query.repeat_interleave(copies, 2), image_masks=masks).arguments()
     stock = decoupled_attention(*repeated[0], **repeated[1], **options, impl="eager")[:, :, ::copies]
     assert actual.shape == inputs.query.shape
