@@ -54,3 +54,25 @@ def test_links_and_pipes_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.
     assert pipe.is_fifo()
     assert link.is_symlink()
     assert file.read_text() == "new"
+
+
+def test_a_link_to_what_is_not_there_yet_is_followed(tmp_path: Path) -> None:
+    link, file = tmp_path / "link", tmp_path / "file"
+    link.symlink_to(file)
+    assert json_file(str(link)) == link
+    with written("--json", link) as part:
+        part.write_text("new")
+    assert link.is_symlink()
+    assert file.read_text() == "new"
+
+
+def test_a_file_that_is_read_only_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For root no file is read-only."""
+    file, picture = tmp_path / "a.json", tmp_path / "a.png"
+    file.write_text("old")
+    picture.write_text("old")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) == tmp_path)
+    with pytest.raises(UserError, match=r"--json .*a\.json: cannot be written there"):
+        json_file(str(file))
+    with pytest.raises(UserError, match=r"--output .*a\.png: cannot be written there"):
+        writable(str(picture))

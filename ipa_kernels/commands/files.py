@@ -13,7 +13,7 @@ def writable(path: str) -> Path:
     output = Path(path)
     if output.suffix.lower() != ".png" or not output.parent.is_dir():
         raise UserError(f"--output {path}: needs the name of a .png file in a folder that exists")
-    if output.is_dir() or not os.access(output.parent, os.W_OK):
+    if output.is_dir() or not _is_writable(output):
         raise UserError(f"--output {path}: cannot be written there")
     return output
 
@@ -25,8 +25,7 @@ def json_file(path: str | None) -> Path | None:
     file = Path(path)
     if file.is_dir() or not file.parent.is_dir():
         raise UserError(f"--json {path}: needs the name of a file in a folder that exists")
-    part = _part(file)
-    if not os.access(part if part == file else file.parent, os.W_OK):
+    if not _is_writable(file):
         raise UserError(f"--json {path}: cannot be written there")
     return file
 
@@ -56,5 +55,12 @@ def written(option: str, path: Path) -> Iterator[Path]:
 
 def _part(path: Path) -> Path:
     """A name beside the file; a link stays one, and a device or a pipe has no place to take: they are written to themselves."""
-    stays = path.exists() and (path.is_symlink() or not path.is_file())
+    stays = path.is_symlink() or (path.exists() and not path.is_file())
     return path if stays else path.with_name(f"{path.name}.part")
+
+
+def _is_writable(path: Path) -> bool:
+    """Whether what is there may be written, and, where a file is made, its folder."""
+    if path.exists() and not os.access(path, os.W_OK):
+        return False
+    return (path.exists() and _part(path) == path) or os.access(path.resolve().parent, os.W_OK)
