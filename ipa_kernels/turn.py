@@ -32,11 +32,11 @@ class Turn:
             self._owner = me
             self._held.append(frame)
 
-    def give(self) -> None:
-        """Give it back once."""
+    def give(self, frame: FrameType | None = None) -> None:
+        """Give back what was taken for a frame; does nothing where that is given up already."""
         with self._free:
-            if self._owner is threading.current_thread() and self._held:
-                self._held.pop()
+            if self._owner is threading.current_thread() and frame in self._held:
+                self._held.remove(frame)
                 if not self._held:
                     self._owner = None
                     self._free.notify_all()

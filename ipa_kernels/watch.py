@@ -185,7 +185,7 @@ class Watch:
             if buffers is not None:
                 buffers.end(step.stream)
             self.session.is_prepared = False
-            self.turn.give()
+            self.turn.give(step.frame)
         self._count(-1, step.has_turn)
 
     def _count(self, one: int, has_turn: bool) -> None:
