@@ -126,7 +126,7 @@ def record(problem: Problem, impl: str) -> Tensor:
     """The kernel in a graph, as the op of `registered`; where "auto" finds its sizes to be for eager, that runs inside."""
     scales = problem.scales
     if problem.masks and not isinstance(scales, Tensor):
-        scales = filled(scales, problem.query.device)
+        scales = filled(scales, problem.query)
     return torch.ops.ipa_kernels.decoupled_attention(  # type: ignore[no-any-return]
         problem.query,
         list(problem.keys),

@@ -16,19 +16,19 @@ def scales_for_kernel(problem: Problem) -> Tensor | None:
     scales, device = problem.scales, problem.query.device
     if not isinstance(scales, Tensor):
         stream = _stream(device)
-        return filled(scales, device) if stream is None else _remembered(scales, device, stream)
+        return filled(scales, problem.query) if stream is None else _remembered(scales, device, stream)
     if scales.device != device and _stream(device) is None:
-        return torch.cat([filled(row, device) for row in scales.tolist()])
+        return torch.cat([filled(row, problem.query) for row in scales.tolist()])
     return _copied(scales.to(torch.float32), device)
 
 
-def filled(scales: Iterable[float], device: torch.device) -> Tensor:
-    """[1, n] in float32, each number written by the device itself.
+def filled(scales: Iterable[float], like: Tensor) -> Tensor:
+    """[1, n] in float32, each number written by the device of `like` itself; fake where that is fake.
 
     A compiler may hold a symbol for a number. A CUDA graph fills its own memory in each replay: it reads nothing that may be
     gone by then, and leaves nothing behind that is empty until then.
     """
-    return torch.cat([torch.full((1, 1), scale, dtype=torch.float32, device=device) for scale in scales], dim=1)
+    return torch.cat([like.new_full((1, 1), scale, dtype=torch.float32) for scale in scales], dim=1)
 
 
 @functools.lru_cache(maxsize=256)
