@@ -227,7 +227,7 @@ class Graphs:
         return pytree.tree_map_only(Tensor, torch.clone, entry.outputs)
 
     def _fail(self, key: Hashable, call: Call, error: Exception) -> Any:
-        self.reason = f"the step cannot be captured: {error}"
+        self.reason = f"the step cannot be captured: {error}; clear_cache(pipe) has it tried again"
         self._entries[key] = Failed(self.reason, Fingerprint(call.unet))
         return call.run()
 

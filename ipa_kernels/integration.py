@@ -183,6 +183,8 @@ def _report(unet: Any, target: str) -> Report:
             layers.append(LayerReport(name, planned, layer.impl, layer.reason, layer.calls))
     waits = "no IP-Adapter is loaded: one that is loaded later is taken over on the next step"
     memory = None if state is None else state.session.memory
+    # read once: another thread may `disable`
+    graphs, buffers = (None, None) if state is None else (state.graphs, state.buffers)
     return Report(
         target=target,
         enabled=state is not None,
@@ -190,8 +192,8 @@ def _report(unet: Any, target: str) -> Report:
         note=waits if state is not None and not layers else "",
         layers=layers,
         cache=CacheReport() if memory is None else CacheReport(memory.hits, memory.misses, memory.bytes),
-        graphs=None if state is None or state.graphs is None else state.graphs.report(),
-        prepared=0 if state is None or state.buffers is None else state.buffers.bytes,
+        graphs=None if graphs is None else graphs.report(),
+        prepared=0 if buffers is None else buffers.bytes,
     )
 
 

@@ -75,7 +75,7 @@ def stream_of(tensor: Any) -> Any:
     """The CUDA stream on which a tensor is computed with now. None on other devices, and while a graph is recorded: before that
     begins, all else is through.
     """
-    if not isinstance(tensor, Tensor) or tensor.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if type(tensor) is not Tensor or tensor.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return None
     return torch.cuda.current_stream(tensor.device)
 

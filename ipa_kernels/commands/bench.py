@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from ..architectures import MODELS
+from ..dtypes import dtype_name
 from ..first_image import Job, in_process
 from ..measure import SLACK, machine_facts
 from ..unet_steps import measure
 from .errors import UserError
 from .files import check_overwriting, json_file, writable, written
-from .findings import dtype_name
 from .machine import available_device, check_switch, chosen_dtype, is_about_memory, threads
 from .quiet import quiet
 from .step_table import step_table
