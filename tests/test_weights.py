@@ -46,8 +46,8 @@ def test_scales_on_the_cpu_are_not_copied_in_a_capture(monkeypatch: pytest.Monke
     made = problem(torch.tensor([[0.5, 0.25], [1.0, 0.0]], dtype=torch.float64))
     elsewhere = replace(made, query=made.query.to("meta"))
     written: list[float] = []
-    full = torch.full
-    monkeypatch.setattr(torch, "full", lambda *given, **options: written.append(given[1]) or full(*given, **options))
+    full = Tensor.new_full
+    monkeypatch.setattr(Tensor, "new_full", lambda *given, **options: written.append(given[2]) or full(*given, **options))
     found = weights.scales_for_kernel(elsewhere)
     assert (found.shape, found.dtype, found.device.type) == ((2, 2), torch.float32, "meta")
     assert written == [0.5, 0.25, 1.0, 0.0]
@@ -59,7 +59,7 @@ def test_every_replay_writes_the_numbers_again(monkeypatch: pytest.MonkeyPatch) 
     captured(monkeypatch)
     graph = make_fx(lambda: weights.scales_for_kernel(problem(0.6)))().graph
     operations = {str(node.target) for node in graph.nodes if node.op != "output"}
-    assert operations - {"aten.randn.default"} == {"aten.full.default", "aten.cat.default"}
+    assert operations - {"aten.randn.default"} == {"aten.new_full.default", "aten.cat.default"}
 
 
 def test_what_a_capture_filled_is_not_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
