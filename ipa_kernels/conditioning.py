@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .schedule import Schedule
+
 T = TypeVar("T")
 
 SOURCES = 24
@@ -113,7 +115,7 @@ class Memory:
         self.misses = 0
         self.unkept = 0
         self._sources = _Sources()
-        self._schedule = _Schedule()
+        self._schedule = Schedule()
 
     def enter(self, timestep: Any, condition: tuple[int, ...], stream: Any = None) -> bool:
         """A step of the UNet begins, for the tensors with the ids of `condition`; `leave` ends it. Whether it goes on with a
@@ -236,50 +238,6 @@ def remember(source: Tensor, key: Hashable, state: Callable[[], State | None], c
     """`Memory.recall` with the memory of the UNet that runs, or `compute()` where none does."""
     memory = active()
     return compute() if memory is None else memory.recall(source, key, state(), compute)
-
-
-class _Schedule:
-    """Tells the next step of a generation from the first step of another, without reading a timestep from a GPU."""
-
-    def __init__(self) -> None:
-        self.timesteps: object = None
-        self.position = float("-inf")
-        self.conditions: set[tuple[int, ...]] = set()
-
-    def follows(self, timestep: Any, condition: tuple[int, ...]) -> bool:
-        """Whether this step is later than all before, or as late and for another condition."""
-        timesteps, position = _position(timestep)
-        same = timesteps is not None and _is_same(timesteps, self.timesteps)
-        if same and position == self.position and condition not in self.conditions:
-            self.conditions.add(condition)
-            return True
-        later = same and position > self.position
-        self.timesteps, self.position, self.conditions = timesteps, position, {condition}
-        return later
-
-
-def _position(timestep: Any) -> tuple[object, float]:
-    """What a timestep is an element of, and how late it is there; (None, 0) where that cannot be told.
-
-    Pipelines iterate over one tensor of timesteps, so that its elements are views: their offsets tell their order.
-    """
-    if isinstance(timestep, int | float):
-        return "numbers", -float(timestep)
-    if not isinstance(timestep, Tensor) or timestep.numel() == 0:
-        return None, 0.0
-    is_one = timestep.numel() == 1 or timestep.stride(0) == 0
-    if is_one and timestep.untyped_storage().nbytes() > timestep.element_size():
-        return timestep, float(timestep.storage_offset())
-    if timestep.device.type == "cpu" and timestep.numel() == 1:
-        return "numbers", -float(timestep)
-    return None, 0.0
-
-
-def _is_same(timesteps: object, others: object) -> bool:
-    if isinstance(timesteps, Tensor) and isinstance(others, Tensor):
-        # both are alive, so that equal addresses are one storage
-        return timesteps.untyped_storage().data_ptr() == others.untyped_storage().data_ptr()
-    return timesteps == others if isinstance(timesteps, str) and isinstance(others, str) else False
 
 
 def _is_recorded() -> bool:

@@ -12,7 +12,7 @@ import torch
 
 import ipa_kernels
 from benchmarks import attention, figures, generation, gpu_day, host, peers, plots, sweeps, training, unet_step
-from ipa_kernels import architectures, conditioning, decoupled_attention, measure, reference, replay
+from ipa_kernels import architectures, decoupled_attention, measure, reference, replay, schedule
 from ipa_kernels.cases import CASES
 
 CPU = torch.device("cpu")
@@ -221,10 +221,8 @@ def test_the_architectures_are_the_real_ones(name: str, layers: int, millions: f
 
 def test_the_unet_step_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     entered = []
-    follows = conditioning._Schedule.follows
-    monkeypatch.setattr(
-        conditioning._Schedule, "follows", lambda *arguments: entered.append(follows(*arguments)) or entered[-1]
-    )
+    follows = schedule.Schedule.follows
+    monkeypatch.setattr(schedule.Schedule, "follows", lambda *arguments: entered.append(follows(*arguments)) or entered[-1])
     file = tmp_path / "unet_step.json"
     monkeypatch.setattr("sys.argv", ["unet_step", "--device", "cpu", "--rounds", "2", "--json", str(file)])
     assert unet_step.main() == 0

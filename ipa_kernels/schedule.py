@@ -1,0 +1,49 @@
+"""Where one generation ends and the next begins, told by the timesteps of the steps."""
+
+from typing import Any
+
+from torch import Tensor
+
+
+class Schedule:
+    """Tells the next step of a generation from the first step of another, without reading a timestep from a GPU."""
+
+    def __init__(self) -> None:
+        self.timesteps: object = None
+        self.position = float("-inf")
+        self.conditions: set[tuple[int, ...]] = set()
+
+    def follows(self, timestep: Any, condition: tuple[int, ...]) -> bool:
+        """Whether this step is later than all before, or as late and for another condition."""
+        timesteps, position = _position(timestep)
+        same = timesteps is not None and _is_same(timesteps, self.timesteps)
+        if same and position == self.position and condition not in self.conditions:
+            self.conditions.add(condition)
+            return True
+        later = same and position > self.position
+        self.timesteps, self.position, self.conditions = timesteps, position, {condition}
+        return later
+
+
+def _position(timestep: Any) -> tuple[object, float]:
+    """What a timestep is an element of, and how late it is there; (None, 0) where that cannot be told.
+
+    Pipelines iterate over one tensor of timesteps, so that its elements are views: their offsets tell their order.
+    """
+    if isinstance(timestep, int | float):
+        return "numbers", -float(timestep)
+    if not isinstance(timestep, Tensor) or timestep.numel() == 0:
+        return None, 0.0
+    is_one = timestep.numel() == 1 or timestep.stride(0) == 0
+    if is_one and timestep.untyped_storage().nbytes() > timestep.element_size():
+        return timestep, float(timestep.storage_offset())
+    if timestep.device.type == "cpu" and timestep.numel() == 1:
+        return "numbers", -float(timestep)
+    return None, 0.0
+
+
+def _is_same(timesteps: object, others: object) -> bool:
+    if isinstance(timesteps, Tensor) and isinstance(others, Tensor):
+        # both are alive, so that equal addresses are one storage
+        return timesteps.untyped_storage().data_ptr() == others.untyped_storage().data_ptr()
+    return timesteps == others if isinstance(timesteps, str) and isinstance(others, str) else False
