@@ -84,10 +84,9 @@ def _fill(state: Any, unet: Any, given: tuple[Any, ...], options: dict[str, Any]
     """New buffers, or those that are there with new contents; then the kernels."""
     watch = watch_module()
     step = steps.named(given, options)
-    refused = watch.Inputs.refusal(step)
-    if refused is not None:
-        raise ValueError(refused)
     inputs = watch.Inputs.of(step)
+    if inputs is None:
+        raise ValueError(watch.Inputs.refusal(step))
     stream = steps.stream_of(inputs.sample)
     state.turn.take()
     before = buffers = state.buffers
