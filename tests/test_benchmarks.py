@@ -6,6 +6,7 @@ import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -301,6 +302,14 @@ def test_a_wrong_gradient_is_not_timed(
     assert f"not timed: {expected}" in capsys.readouterr().out
 
 
+def train_tiny(monkeypatch: pytest.MonkeyPatch, folder: Path) -> tuple[int, list[dict[str, Any]]]:
+    """The driver's exit status and what it wrote of the tiny UNet, with whatever implementation runs there."""
+    file = folder / "training.json"
+    arguments = ["--device", "cpu", "--rounds", "1", "--cases", "--models", "tiny", "--json", str(file)]
+    monkeypatch.setattr("sys.argv", ["training", *arguments])
+    return training.main(), json.loads(file.read_text())["models"]["tiny"]["rows"]
+
+
 def test_a_unet_with_wrong_gradients_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     right = training.Step.__call__
 
@@ -309,11 +318,8 @@ def test_a_unet_with_wrong_gradients_is_not_timed(monkeypatch: pytest.MonkeyPatc
         return (first * (1.01 if ipa_kernels.explain(step.unet).enabled else 1), *others)
 
     monkeypatch.setattr(training.Step, "__call__", wrong)
-    file = tmp_path / "training.json"
-    arguments = ["--device", "cpu", "--rounds", "1", "--cases", "--models", "tiny", "--json", str(file)]
-    monkeypatch.setattr("sys.argv", ["training", *arguments])
-    assert training.main() == 1
-    rows = json.loads(file.read_text())["models"]["tiny"]["rows"]
+    status, rows = train_tiny(monkeypatch, tmp_path)
+    assert status == 1
     assert [row["within"] for row in rows] == [True, False, True, False]
     assert all("seconds" not in row for row in rows if row["candidate"] == "ipa_kernels")
 
@@ -327,11 +333,8 @@ def test_where_float64_does_not_fit_stock_is_the_ruler(monkeypatch: pytest.Monke
         return right(step)
 
     monkeypatch.setattr(training.Step, "__call__", short)
-    file = tmp_path / "training.json"
-    arguments = ["--device", "cpu", "--rounds", "1", "--cases", "--models", "tiny", "--json", str(file)]
-    monkeypatch.setattr("sys.argv", ["training", *arguments])
-    assert training.main() == 0
-    rows = json.loads(file.read_text())["models"]["tiny"]["rows"]
+    status, rows = train_tiny(monkeypatch, tmp_path)
+    assert status == 0
     assert all(row["within"] for row in rows)
     assert [row["relative to stock"] for row in rows if row["candidate"] == "ipa_kernels"] == [0.0, 0.0]
 
