@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from ipa_kernels.kernels.launch_table import LaunchConfig
-from ipa_kernels.kernels.variant_backward import Wanted
+from ipa_kernels.kernels.specialization_backward import Wanted
 
 LONG = 1000
 """A length that every config loops over."""

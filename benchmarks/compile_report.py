@@ -2,9 +2,9 @@
 
     python -m benchmarks.compile_report [--arch sm_90 ...] [--head-dim 64 ...] [--quick | --hardest] [--backward] [--json FILE]
 
-What is compiled is what a launch compiles: one source for both (`ipa_kernels.kernels.variant`), specialised on nothing that a
-launch may change. An entry is unfit, and the exit status 1, if it spills, exceeds the shared memory of the device, does without
-tensor cores, loads queries or stores the output with less than 16 bytes per thread, or, where a tensor core multiplies
+What is compiled is what a launch compiles: one source for both (`ipa_kernels.kernels.specialization`), specialised on nothing
+that a launch may change. An entry is unfit, and the exit status 1, if it spills, exceeds the shared memory of the device, does
+without tensor cores, loads queries or stores the output with less than 16 bytes per thread, or, where a tensor core multiplies
 16 x 8 x 16, needs over 10 % more of that than the shape does. Of float32 multiplied in TF32 (`--dtype tf32`, what impl="auto"
 runs) shared memory, spills and tensor cores are judged, in IEEE precision (float32) shared memory alone.
 
@@ -35,11 +35,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from ipa_kernels.kernels import launch_table, launch_table_backward
-from ipa_kernels.kernels.decoupled_attention import decoupled_attention_kernel
-from ipa_kernels.kernels.decoupled_attention_backward import decoupled_attention_backward_kernel
+from ipa_kernels.kernels.backward import decoupled_attention_backward_kernel
+from ipa_kernels.kernels.forward import decoupled_attention_kernel
 from ipa_kernels.kernels.launch_table import LaunchConfig
-from ipa_kernels.kernels.variant import INTERPRETED, Variant, source, variant
-from ipa_kernels.kernels.variant_backward import Wanted, backward_source
+from ipa_kernels.kernels.specialization import INTERPRETED, Variant, source, variant
+from ipa_kernels.kernels.specialization_backward import Wanted, backward_source
 from ipa_kernels.measure import machine_facts
 
 from . import backward_classes

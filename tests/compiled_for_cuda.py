@@ -15,8 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from triton.backends.compiler import GPUTarget
 
 from ipa_kernels import decoupled_attention
-from ipa_kernels.dtypes import dtype_name
-from ipa_kernels.kernels import launch_table, variant
+from ipa_kernels.kernels import launch_table, specialization
+from ipa_kernels.kernels.dtypes import dtype_name
 from ipa_kernels.ops import support
 
 
@@ -46,9 +46,9 @@ def main() -> None:
             inductor = str(error)
     config = launch_table.find("sm_90", 16, query.shape[3], query.shape[2])
     names = [dtype_name(mask.dtype) for mask in masks]
-    made = variant.variant("float16", query.shape[3], tuple(key.shape[2] for key in keys), tuple(names), False, config)
+    made = specialization.variant("float16", query.shape[3], tuple(key.shape[2] for key in keys), tuple(names), False, config)
     target = GPUTarget("cuda", 90, 32)
-    compiled = triton.compile(variant.source(made), target=target, options=launch_table.options(config))
+    compiled = triton.compile(specialization.source(made), target=target, options=launch_table.options(config))
     print(json.dumps({"output": str(node.meta["val"].device), "wgmma": "wgmma" in compiled.asm["ptx"], "inductor": inductor}))
 
 

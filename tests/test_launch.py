@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ipa_kernels import decoupled_attention
 from ipa_kernels.kernels import launch, launch_table
-from ipa_kernels.kernels.variant import source
+from ipa_kernels.kernels.specialization import source
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..architectures import MODELS
-from ..dtypes import dtype_name
 from ..first_image import Job, in_process
+from ..kernels.dtypes import dtype_name
 from ..measure import SLACK, machine_facts
 from ..unet_steps import measure
 from .errors import UserError

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..dtypes import dtype_name
+from ..kernels.dtypes import dtype_name
 from .errors import UserError
 from .files import check_overwriting, writable
 from .generation import Request, compare, enough_memory, print_outcome

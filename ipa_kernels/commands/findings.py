@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..dtypes import dtype_name
+from ..kernels.dtypes import dtype_name
 from ..measure import first_line
 from ..reference import Comparison, kept
 from .machine import is_about_memory

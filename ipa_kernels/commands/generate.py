@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..dtypes import dtype_name
+from ..kernels.dtypes import dtype_name
 from .errors import UserError
 from .files import check_overwriting, writable
 from .generation import Request, Result, accelerate, check_size, compare, enough_memory, print_outcome

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..dtypes import dtype_name
+from ..kernels.dtypes import dtype_name
 from ..ops import UnsupportedError
 from .errors import UserError, why
 from .findings import Checked

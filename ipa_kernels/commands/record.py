@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from .. import __version__
-from ..dtypes import dtype_name
+from ..kernels.dtypes import dtype_name
 from ..report import Report
 from .generation import Request, Result
 from .pairing import Adapter

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from ..dtypes import dtype_name
+from ..kernels.dtypes import dtype_name
 from .findings import NAMES, Checked
 
 _SHOWN = 8

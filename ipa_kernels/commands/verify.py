@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..cases import Case
-from ..dtypes import dtype_name
+from ..kernels.dtypes import dtype_name
 from ..measure import machine_facts
 from ..ops.support import allows_tf32, kernel_module, layer_reasons
 from . import named_cases

@@ -8,10 +8,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ..dtypes import dtype_name
-from .decoupled_attention import decoupled_attention_kernel
+from .dtypes import dtype_name
+from .forward import decoupled_attention_kernel
 from .launch_table import LaunchConfig, options
-from .variant import INTERPRETED, Variant, source, variant, vector
+from .specialization import INTERPRETED, Variant, source, variant, vector
 
 
 class Launch:

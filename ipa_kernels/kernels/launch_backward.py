@@ -11,11 +11,11 @@ import torch
 import triton
 from torch import Tensor
 
-from .decoupled_attention_backward import decoupled_attention_backward_kernel
+from .backward import decoupled_attention_backward_kernel
 from .launch import Launch, readable, strides_of
 from .launch_table import LaunchConfig, options
-from .variant import INTERPRETED, Variant
-from .variant_backward import Wanted, backward_source
+from .specialization import INTERPRETED, Variant
+from .specialization_backward import Wanted, backward_source
 
 
 @dataclass(frozen=True)

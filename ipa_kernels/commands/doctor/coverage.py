@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from ...cases import CASES
-from ...dtypes import dtype_name
+from ...kernels.dtypes import dtype_name
 from ...kernels.launch_table import ANY, LARGEST_HEAD_DIM
 from ...ops.decoupled_attention import decoupled_attention
 from ...ops.support import automatic_reasons, gradient_reasons, layer_reasons, length_reasons

@@ -13,8 +13,8 @@ is written where it is asked for; whoever launches sums it to the gradients of s
 import triton
 import triton.language as tl
 
-from .decoupled_attention import probabilities
-from .tiles import (
+from .forward import probabilities
+from .primitives import (
     exp2_scaled,
     load_rows,
     multiply_rows,

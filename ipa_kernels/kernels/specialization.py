@@ -10,7 +10,7 @@ from typing import Any
 import triton
 from triton.compiler import ASTSource
 
-from .decoupled_attention import decoupled_attention_kernel
+from .forward import decoupled_attention_kernel
 from .launch_table import LaunchConfig
 
 POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from triton.compiler import ASTSource
 
-from .decoupled_attention_backward import decoupled_attention_backward_kernel
-from .variant import POINTERS, Variant, source_of
+from .backward import decoupled_attention_backward_kernel
+from .specialization import POINTERS, Variant, source_of
 
 
 @dataclass(frozen=True)

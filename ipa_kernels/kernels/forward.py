@@ -7,7 +7,7 @@ once. The text has weight 1, image branch i the weight scale[b, i] · mask_i[b, 
 import triton
 import triton.language as tl
 
-from .tiles import (
+from .primitives import (
     add_scaled_rows,
     exp2_scaled,
     load_rows,
