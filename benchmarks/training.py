@@ -31,8 +31,8 @@ from ipa_kernels import decoupled_attention, reference
 from ipa_kernels.architectures import MODELS, Inputs, Model, build, clone, load
 from ipa_kernels.cases import CASES, Case
 from ipa_kernels.measure import first_line, gate, interleaved, machine_facts, peak_bytes
-from ipa_kernels.ops.arguments import check_arguments
-from ipa_kernels.ops.decoupled_attention import choose
+from ipa_kernels.ops.api import choose
+from ipa_kernels.ops.validation import check_arguments
 from ipa_kernels.unet_steps import in_float64
 
 from .peers import sdpa, stock_order

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .conditioning import Memory
-from .ops.decoupled_attention import UnsupportedError, check_impl
+from .ops.api import UnsupportedError, check_impl
 from .report import CacheReport, LayerReport, Report
 
 OFF = "IPA_KERNELS_DISABLE"

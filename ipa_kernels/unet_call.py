@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import steps
-from .ops.support import allows_tf32
+from .ops.dispatch import allows_tf32
 
 
 class Call(NamedTuple):

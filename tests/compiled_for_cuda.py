@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from ipa_kernels import decoupled_attention
 from ipa_kernels.kernels import launch_table, specialization
 from ipa_kernels.kernels.dtypes import dtype_name
-from ipa_kernels.ops import support
+from ipa_kernels.ops import dispatch
 
 
 def core(query: Any, key: Any, value: Any, image_key: Any, image_value: Any, scale: Any, mask: Any) -> Any:
@@ -31,7 +31,7 @@ def draw(*shape: int, dtype: torch.dtype = torch.float16) -> Any:
 
 
 def main() -> None:
-    with mock.patch.object(support, "architecture", return_value="sm_90"), torch.no_grad(), FakeTensorMode():
+    with mock.patch.object(dispatch, "architecture", return_value="sm_90"), torch.no_grad(), FakeTensorMode():
         text, image = [(2, 10, 77, 64)] * 2, [(2, 10, 4, 64)] * 2
         shapes = [(2, 10, 4096, 64), *text, *image]
         inputs = [*(draw(*shape) for shape in shapes), draw(1, dtype=torch.float32), draw(4096)]

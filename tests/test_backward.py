@@ -16,7 +16,7 @@ from ipa_kernels import UnsupportedError, decoupled_attention, reference
 from ipa_kernels.cases import Inputs
 from ipa_kernels.kernels import launch, launch_backward, launch_table_backward
 from ipa_kernels.kernels.specialization_backward import Wanted, backward_source
-from ipa_kernels.ops import support
+from ipa_kernels.ops import dispatch
 
 from .test_kernel import DTYPES, fresh_seed, island, random_inputs
 from .test_launch import Recorder, leaves
@@ -418,15 +418,15 @@ def test_transforms_and_tangents_are_refused(device: torch.device) -> None:
 
 def test_what_the_table_refuses_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only with a gradient: the forward has a table of its own."""
-    monkeypatch.setattr(support, "architecture", lambda device: "gfx1100")
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "gfx1100")
     monkeypatch.setattr(launch, "INTERPRETED", False)
     query = torch.empty(1, 1, 8, 64, device="meta", dtype=torch.float16)
-    problem = support.Problem(query, (query,), (query,), (), (), None, 0.1)
+    problem = dispatch.Problem(query, (query,), (query,), (), (), None, 0.1)
     on_cuda = replace(problem, query=_OnCuda(query))  # type: ignore[arg-type]
-    monkeypatch.setattr(support, "needs_gradient", lambda problem: False)
-    assert support.call_reasons(on_cuda) == []
-    monkeypatch.setattr(support, "needs_gradient", lambda problem: True)
-    (reason,) = support.call_reasons(on_cuda)
+    monkeypatch.setattr(dispatch, "needs_gradient", lambda problem: False)
+    assert dispatch.call_reasons(on_cuda) == []
+    monkeypatch.setattr(dispatch, "needs_gradient", lambda problem: True)
+    (reason,) = dispatch.call_reasons(on_cuda)
     assert reason.startswith("gradient: device architecture gfx1100: not in the backward's launch table (sm_80")
 
 

@@ -18,7 +18,7 @@ from ipa_kernels.commands.doctor.coverage import DTYPES, HEAD_DIMS, coverage, tr
 from ipa_kernels.commands.doctor.redaction import redacted
 from ipa_kernels.kernels import launch as kernel
 from ipa_kernels.kernels import launch_table, launch_table_backward
-from ipa_kernels.ops import support
+from ipa_kernels.ops import dispatch
 from ipa_kernels.reference import Comparison
 
 Doctor = Callable[[], tuple[int, dict[str, Any]]]
@@ -76,10 +76,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> GPU:
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         monkeypatch.setattr(torch.version, "hip" if arch.startswith("gfx") else "cuda", "13.0")
         monkeypatch.setattr(torch.version, "cuda" if arch.startswith("gfx") else "hip", None)
-        architecture = support.architecture.__wrapped__  # not cached
-        for module in (support, devices):
+        architecture = dispatch.architecture.__wrapped__  # not cached
+        for module in (dispatch, devices):
             monkeypatch.setattr(module, "architecture", architecture)
-        monkeypatch.setattr(support, "allows_tf32", lambda device: False)
+        monkeypatch.setattr(dispatch, "allows_tf32", lambda device: False)
         monkeypatch.setattr(kernel, "INTERPRETED", False)
         monkeypatch.setattr(devices, "try_kernel", lambda device: GOOD)
         return torch.device("cuda", 0)
@@ -152,7 +152,7 @@ def test_tf32_lifts_what_keeps_float32_from_the_kernel(gpu: GPU, monkeypatch: py
     device = gpu("sm_90")
     before = [group for group in coverage(device, gradient=False) if "float32" in group.dtypes]
     assert all("fp32_precision = 'tf32'" in group.reasons[-1] for group in before)
-    monkeypatch.setattr(support, "allows_tf32", lambda device: True)
+    monkeypatch.setattr(dispatch, "allows_tf32", lambda device: True)
     after = [group for group in coverage(device, gradient=False) if "float32" in group.dtypes]
     assert after[0].impl == "triton"
     assert max(after[0].head_dims) == 160

@@ -119,7 +119,7 @@ def test_a_packed_query_that_is_not_contiguous_gives_the_same_bits(device: torch
     key = torch.randn(1, 2, 16, 32, device=device)
     config = launch_table.INTERPRETED if device.type == "cpu" else None
     if config is None:
-        from ipa_kernels.ops.support import launch_config
+        from ipa_kernels.ops.dispatch import launch_config
 
         config = launch_config(device, torch.float32, 32, 9)
     prepared = launch.Launch(torch.Size([2, 2, 9, 32]), (key,), (key,), None, (), 0.2, False, config)

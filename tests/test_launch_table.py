@@ -18,7 +18,7 @@ from benchmarks.disassembly import Count
 from ipa_kernels import UnsupportedError, decoupled_attention
 from ipa_kernels.kernels import launch as kernel
 from ipa_kernels.kernels import launch_table, launch_table_backward
-from ipa_kernels.ops import support
+from ipa_kernels.ops import dispatch
 
 ROOT = Path(__file__).parent.parent
 
@@ -166,33 +166,33 @@ def test_refusals_of_the_backward_say_what_there_is() -> None:
 @pytest.fixture
 def on_sm_90(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """As if there were an H100: what is chosen for it can be asked without one."""
-    monkeypatch.setattr(support, "architecture", lambda device: "sm_90")
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
     monkeypatch.setattr(kernel, "INTERPRETED", False)
     return torch.device("cuda", 0)
 
 
 def test_what_a_gpu_is_given(on_sm_90: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert support.layer_reasons(on_sm_90, torch.float16, 64) == []
-    assert support.automatic_reasons(on_sm_90, torch.bfloat16) == []
-    assert support.launch_config(on_sm_90, torch.bfloat16, 64, 4096).block_m == 128
-    assert support.launch_config(on_sm_90, torch.float16, 64, 64).block_m == 64
-    assert support.layer_reasons(on_sm_90, torch.float32, 64) == []
+    assert dispatch.layer_reasons(on_sm_90, torch.float16, 64) == []
+    assert dispatch.automatic_reasons(on_sm_90, torch.bfloat16) == []
+    assert dispatch.launch_config(on_sm_90, torch.bfloat16, 64, 4096).block_m == 128
+    assert dispatch.launch_config(on_sm_90, torch.float16, 64, 64).block_m == 64
+    assert dispatch.layer_reasons(on_sm_90, torch.float32, 64) == []
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="ieee"))
-    assert "; set torch.backends.cuda.matmul.fp32_precision = 'tf32'" in support.automatic_reasons(on_sm_90, torch.float32)[0]
+    assert "; set torch.backends.cuda.matmul.fp32_precision = 'tf32'" in dispatch.automatic_reasons(on_sm_90, torch.float32)[0]
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
-    assert support.automatic_reasons(on_sm_90, torch.float32) == []
-    assert support.allows_tf32(on_sm_90)
-    monkeypatch.setattr(support, "architecture", lambda device: "gfx1100")
-    assert not support.allows_tf32(on_sm_90), "Triton compiles no TF32 there"
-    assert "no tensor cores for it on gfx1100" in support.automatic_reasons(on_sm_90, torch.float32)[0]
-    monkeypatch.setattr(support, "architecture", lambda device: "sm_90")
-    assert "head dim 192" in support.layer_reasons(on_sm_90, torch.float16, 192)[0]
+    assert dispatch.automatic_reasons(on_sm_90, torch.float32) == []
+    assert dispatch.allows_tf32(on_sm_90)
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "gfx1100")
+    assert not dispatch.allows_tf32(on_sm_90), "Triton compiles no TF32 there"
+    assert "no tensor cores for it on gfx1100" in dispatch.automatic_reasons(on_sm_90, torch.float32)[0]
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_90")
+    assert "head dim 192" in dispatch.layer_reasons(on_sm_90, torch.float16, 192)[0]
 
 
 def test_an_old_gpu_is_refused_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(support, "architecture", lambda device: "sm_75")
+    monkeypatch.setattr(dispatch, "architecture", lambda device: "sm_75")
     monkeypatch.setattr(kernel, "INTERPRETED", False)
-    (reason,) = support.layer_reasons(torch.device("cuda", 0), torch.float16, 64)
+    (reason,) = dispatch.layer_reasons(torch.device("cuda", 0), torch.float16, 64)
     assert reason.startswith("device architecture sm_75: not in the launch table")
 
 
@@ -226,7 +226,7 @@ def test_where_sdpa_is_estimated_to_be_faster(arch: str, lengths: tuple[int, ...
 def test_the_gpu_at_hand_takes_every_shape_of_the_table(head_dim: int, image_keys: int) -> None:
     query = torch.randn(2, 4, 1500, head_dim, device="cuda", dtype=torch.float16)
     inputs = query, query[:, :, :77], query[:, :, :77], [query[:, :, :image_keys]], [query[:, :, :image_keys]]
-    refused = launch_table.refusal(support.architecture(query.device), 16, head_dim, image_keys)
+    refused = launch_table.refusal(dispatch.architecture(query.device), 16, head_dim, image_keys)
     if refused is not None:
         with pytest.raises(UnsupportedError, match=re.escape(refused)):
             decoupled_attention(*inputs, impl="triton")

@@ -24,7 +24,7 @@ from .test_imports import run as run_alone
 from .zoo.generate import generate
 from .zoo.pipelines import build
 
-OP = sys.modules["ipa_kernels.ops.decoupled_attention"]
+OP = sys.modules["ipa_kernels.ops.api"]
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter: a machine without a GPU")
 
 

@@ -10,7 +10,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ipa_kernels import decoupled_attention
 from ipa_kernels.ops import weights
-from ipa_kernels.ops.arguments import Problem, check_arguments
+from ipa_kernels.ops.validation import Problem, check_arguments
 
 from .test_kernel import fresh_seed
 

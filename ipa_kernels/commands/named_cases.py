@@ -11,8 +11,8 @@ from torch import Tensor
 from .. import reference
 from ..cases import BY_ROW, CASES, Case
 from ..ops import decoupled_attention
-from ..ops.arguments import check_arguments
-from ..ops.support import call_reasons
+from ..ops.dispatch import call_reasons
+from ..ops.validation import check_arguments
 from .errors import UserError
 from .findings import Checked, Finding, failure
 

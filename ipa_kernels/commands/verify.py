@@ -11,7 +11,7 @@ import torch
 from ..cases import Case
 from ..kernels.dtypes import dtype_name
 from ..measure import machine_facts
-from ..ops.support import allows_tf32, kernel_module, layer_reasons
+from ..ops.dispatch import allows_tf32, kernel_module, layer_reasons
 from . import named_cases
 from .defaults import IMAGE_ENCODER, PROMPT, SCALE
 from .errors import UserError

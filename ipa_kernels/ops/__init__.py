@@ -1,7 +1,7 @@
 """The functional op: arguments are validated, an implementation is chosen, the result is allocated. No diffusers here."""
 
-from . import registered as registered
-from .decoupled_attention import decoupled_attention
-from .support import UnsupportedError
+from . import torch_library as torch_library
+from .api import decoupled_attention
+from .dispatch import UnsupportedError
 
 __all__ = ["UnsupportedError", "decoupled_attention"]

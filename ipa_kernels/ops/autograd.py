@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from .arguments import Problem
-from .support import UnsupportedError, allows_tf32, backward_config, backward_module, transform_reasons
+from .dispatch import UnsupportedError, allows_tf32, backward_config, backward_module, transform_reasons
+from .validation import Problem
 from .weights import masks_for_kernel, scales_for_kernel
 
 if TYPE_CHECKING:

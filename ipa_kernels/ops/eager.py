@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import Problem, default_softmax_scale, has_tangents, is_transformed, needs_gradient
+from .validation import Problem, default_softmax_scale, has_tangents, is_transformed, needs_gradient
 
 
 def decoupled_attention(problem: Problem) -> Tensor:

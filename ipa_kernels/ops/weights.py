@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .arguments import Problem
+from .validation import Problem
 
 
 def scales_for_kernel(problem: Problem) -> Tensor | None:

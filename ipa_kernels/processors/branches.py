@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..conditioning import State, remember
 from ..ops import UnsupportedError
-from ..ops.arguments import Problem, check_arguments
+from ..ops.validation import Problem, check_arguments
 from ..session import Layer
 from .projections import pure_state
 

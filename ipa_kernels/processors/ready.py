@@ -12,9 +12,9 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from ..conditioning import Memory, Snapshot, State, is_hooked, is_plain
-from ..ops.arguments import Problem
-from ..ops.decoupled_attention import prepare, run
-from ..ops.support import allows_tf32
+from ..ops.api import prepare, run
+from ..ops.dispatch import allows_tf32
+from ..ops.validation import Problem
 from ..session import Layer
 from .projections import pure_state
 

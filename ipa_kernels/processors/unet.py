@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..conditioning import active
 from ..ops import UnsupportedError
-from ..ops.decoupled_attention import choose, record, run
-from ..ops.support import automatic_reasons, layer_reasons
+from ..ops.api import choose, record, run
+from ..ops.dispatch import automatic_reasons, layer_reasons
 from ..session import Layer, Session, is_recorded
 from . import branches
 from .layer import layer_of

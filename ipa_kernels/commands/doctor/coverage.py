@@ -8,8 +8,8 @@ import torch
 from ...cases import CASES
 from ...kernels.dtypes import dtype_name
 from ...kernels.launch_table import ANY, LARGEST_HEAD_DIM
-from ...ops.decoupled_attention import decoupled_attention
-from ...ops.support import automatic_reasons, gradient_reasons, layer_reasons, length_reasons
+from ...ops.api import decoupled_attention
+from ...ops.dispatch import automatic_reasons, gradient_reasons, layer_reasons, length_reasons
 from ...reference import Comparison, compare
 from ...reference import decoupled_attention as oracle
 

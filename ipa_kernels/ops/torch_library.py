@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import Problem
+from .api import choose, run
 from .autograd import gradients
-from .decoupled_attention import choose, run
+from .validation import Problem
 
 _ARGUMENTS = (
     "Tensor query, Tensor[] keys, Tensor[] values, Tensor? scales, Tensor[] masks, bool[] masked, float softmax_scale, "

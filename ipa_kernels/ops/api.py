@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, eager
-from .arguments import Problem, check_arguments, needs_gradient
-from .support import (
+from .dispatch import (
     UnsupportedError,
     allows_tf32,
     automatic_reasons,
@@ -19,6 +18,7 @@ from .support import (
     launch_config,
     slower_reasons,
 )
+from .validation import Problem, check_arguments, needs_gradient
 from .weights import filled, masks_for_kernel, scales_for_kernel
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def run(problem: Problem, impl: str) -> Tensor:
 
 
 def record(problem: Problem, impl: str) -> Tensor:
-    """The kernel in a graph, as the op of `registered`; where "auto" finds its sizes to be for eager, that runs inside."""
+    """The kernel in a graph, as the op of `torch_library`; where "auto" finds its sizes to be for eager, that runs inside."""
     scales = problem.scales
     if problem.masks and not isinstance(scales, Tensor):
         scales = filled(scales, problem.query)

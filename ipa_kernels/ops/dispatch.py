@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import launch_table, launch_table_backward
-from .arguments import Problem, has_tangents, is_transformed, needs_gradient
+from .validation import Problem, has_tangents, is_transformed, needs_gradient
 
 
 class UnsupportedError(ValueError):
