@@ -32,11 +32,12 @@ from diffusers.models.attention_processor import Attention, IPAdapterAttnProcess
 from torch import Tensor, nn
 
 import ipa_kernels
-from ipa_kernels import reference, tiny
+from ipa_kernels import reference
 from ipa_kernels.conditioning import Memory
 from ipa_kernels.measure import interleaved, machine_facts
 from ipa_kernels.processors import unet as processors
 from ipa_kernels.session import Session
+from ipa_kernels.testing import tiny_pipelines
 
 from .operations import count, peak_memory
 
@@ -212,17 +213,17 @@ def counted_calls(unet: nn.Module) -> Iterator[dict[str, int]]:
 
 def measure_unet(device: torch.device, dtype: torch.dtype, steps: int, rounds: int) -> dict[str, Any]:
     """A whole small pipeline with a base and a masked Plus adapter: calls per generation, time per step, peak memory."""
-    pipe = tiny.stable_diffusion().to(device, dtype)
-    tiny.load(pipe, tiny.base_adapter(pipe.unet), tiny.plus_adapter(pipe.unet, seed=1))
+    pipe = tiny_pipelines.stable_diffusion().to(device, dtype)
+    tiny_pipelines.load(pipe, tiny_pipelines.base_adapter(pipe.unet), tiny_pipelines.plus_adapter(pipe.unet, seed=1))
     pipe.set_ip_adapter_scale([0.6, 0.6])
     pipe.set_progress_bar_config(disable=True)
     torch.manual_seed(0)
     inputs = {
-        "prompt_embeds": torch.randn(1, 77, tiny.CROSS_ATTENTION_DIM),
-        "negative_prompt_embeds": torch.randn(1, 77, tiny.CROSS_ATTENTION_DIM),
+        "prompt_embeds": torch.randn(1, 77, tiny_pipelines.CROSS_ATTENTION_DIM),
+        "negative_prompt_embeds": torch.randn(1, 77, tiny_pipelines.CROSS_ATTENTION_DIM),
         "ip_adapter_image_embeds": [
-            torch.randn(2, 1, tiny.IMAGE_EMBED_DIM).to(device, dtype),
-            torch.randn(2, 1, 257, tiny.IMAGE_EMBED_DIM).to(device, dtype),
+            torch.randn(2, 1, tiny_pipelines.IMAGE_EMBED_DIM).to(device, dtype),
+            torch.randn(2, 1, 257, tiny_pipelines.IMAGE_EMBED_DIM).to(device, dtype),
         ],
         "cross_attention_kwargs": {"ip_adapter_masks": [None, torch.rand(1, 1, 256, 256).round()]},
         "latents": torch.randn(1, 4, 32, 32),

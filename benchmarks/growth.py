@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ipa_kernels.cases import Case
 from ipa_kernels.kernels import launch_table
+from ipa_kernels.testing.layer_cases import Case
 
 from .compile_report import Entry, measure, up
 from .disassembly import Count

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ipa_kernels.cases import Inputs
 from ipa_kernels.measure import first_line
+from ipa_kernels.testing.layer_cases import Inputs
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """[B, H, M, D], [B, H, N, D], [B, H, N, D] to [B, H, M, D]."""

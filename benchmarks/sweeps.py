@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ipa_kernels.cases import CASES, Case
+from ipa_kernels.testing.layer_cases import CASES, Case
 
 BASE = CASES["sdxl_1024_64x64"]
 QUERIES = (64, 256, 1024, 4096, 16384)

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 import ipa_kernels
 from ipa_kernels import decoupled_attention, reference
-from ipa_kernels.architectures import MODELS, Inputs, Model, build, clone, load
-from ipa_kernels.cases import CASES, Case
 from ipa_kernels.measure import first_line, gate, interleaved, machine_facts, peak_bytes
 from ipa_kernels.ops.api import choose
 from ipa_kernels.ops.validation import check_arguments
+from ipa_kernels.testing.layer_cases import CASES, Case
+from ipa_kernels.testing.unet_models import MODELS, Inputs, Model, build, clone, load
 from ipa_kernels.unet_steps import in_float64
 
 from .peers import sdpa, stock_order

@@ -2,9 +2,9 @@
 
     python -m benchmarks.unet_step [--device cuda] [--model sd15 sdxl] [--modes eager graphed compiled prepared] [--json FILE]
 
-Architectures are the real ones, weights are random (`ipa_kernels.architectures`). All candidates of a model share one set of
-weights and take turns in one run; each has modules of its own, so that nothing is switched between calls. Wall time of the
-whole step, launches and, for stock, masks on the CPU included. Before that, a step that is not the first is compared:
+Architectures are the real ones, weights are random (`ipa_kernels.testing.unet_models`). All candidates of a model share one
+set of weights and take turns in one run; each has modules of its own, so that nothing is switched between calls. Wall time of
+the whole step, launches and, for stock, masks on the CPU included. Before that, a step that is not the first is compared:
 
 float64  where the weights fit in float64: the enabled step's root mean square distance from the float64 step is at most 1.25
          times the stock step's (attention is a small part of a UNet's rounding: the two errors are nearly the same noise)
@@ -32,8 +32,8 @@ from torch import Tensor
 
 import ipa_kernels
 from ipa_kernels import unet_steps
-from ipa_kernels.architectures import MODELS, Inputs, Model, build, clone, load
 from ipa_kernels.measure import first_line, gate, interleaved, machine_facts
+from ipa_kernels.testing.unet_models import MODELS, Inputs, Model, build, clone, load
 from ipa_kernels.unet_steps import VARIANTS, compared_in_float64
 
 MODES = {"eager": "eager", "graphed": "eager", "compiled": "compiled", "prepared": "compiled"}

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from . import tiny
-from .architectures import MODELS, VAE_FACTOR, build, clone, load
 from .graphs import graphed
 from .integration import enable, explain
 from .preparation import prepare
 from .report import FallbackWarning
+from .testing import tiny_pipelines
+from .testing.unet_models import MODELS, VAE_FACTOR, build, clone, load
 
 WAYS = ("stock", "enabled", "prepared", "graphed", "compiled")
 """compiled: `prepare`, then torch.compile of the UNet's repeated blocks."""
@@ -33,7 +33,7 @@ TOLERANCE = {"float16": 2e-2, "bfloat16": 1.6e-1, "float32": 1e-4}
 class Job:
     """What one process does: a picture in one way, twice.
 
-    model: of `architectures.MODELS`, with random weights and one adapter; steps: of a generation; side: of the picture in
+    model: of `unet_models.MODELS`, with random weights and one adapter; steps: of a generation; side: of the picture in
     pixels, None for what the model was made for.
     """
 
@@ -100,7 +100,11 @@ def run(job: Job) -> dict[str, Any]:
 
 def _pipeline(unet: Any) -> Any:
     """Around the UNet, without encoders; its VAE is never run."""
-    pipe = tiny.stable_diffusion_xl() if unet.config.addition_embed_type == "text_time" else tiny.stable_diffusion()
+    pipe = (
+        tiny_pipelines.stable_diffusion_xl()
+        if unet.config.addition_embed_type == "text_time"
+        else tiny_pipelines.stable_diffusion()
+    )
     pipe.register_modules(unet=unet)
     pipe.vae_scale_factor = VAE_FACTOR
     pipe.set_progress_bar_config(disable=True)

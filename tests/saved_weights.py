@@ -6,18 +6,18 @@ import diffusers
 import torch
 from safetensors.torch import save_file
 
-from ipa_kernels import tiny
+from ipa_kernels.testing import tiny_pipelines
 
 
 def save(folder: Path) -> None:
     """model, the same with no_encoder, adapters/base.safetensors and plus/plus.safetensors, base.bin, and another kind."""
-    pipe = tiny.stable_diffusion(encoders=True)
+    pipe = tiny_pipelines.stable_diffusion(encoders=True)
     pipe.save_pretrained(folder / "model")
     pipe.scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1)  # Stable Diffusion 1's
     pipe.image_encoder = None
     pipe.register_to_config(image_encoder=(None, None))
     pipe.save_pretrained(folder / "no_encoder")
-    base, plus = tiny.base_adapter(pipe.unet), tiny.plus_adapter(pipe.unet)
+    base, plus = tiny_pipelines.base_adapter(pipe.unet), tiny_pipelines.plus_adapter(pipe.unet)
     (folder / "adapters" / "plus").mkdir(parents=True)
     save_adapter(base, folder / "adapters" / "base.safetensors")
     save_adapter(plus, folder / "adapters" / "plus" / "plus.safetensors")

@@ -13,10 +13,10 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from ipa_kernels import UnsupportedError, decoupled_attention, reference
-from ipa_kernels.cases import Inputs
 from ipa_kernels.kernels import launch, launch_backward, launch_table_backward
 from ipa_kernels.kernels.specialization_backward import Wanted, backward_source
 from ipa_kernels.ops import dispatch
+from ipa_kernels.testing.layer_cases import Inputs
 
 from .test_kernel import DTYPES, fresh_seed, island, random_inputs
 from .test_launch import Recorder, leaves

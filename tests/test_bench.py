@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 import ipa_kernels
-from ipa_kernels import architectures, cli, first_image, unet_steps
+from ipa_kernels import cli, first_image, unet_steps
 from ipa_kernels.cli import bench as parser
 from ipa_kernels.commands import bench, step_chart
 from ipa_kernels.commands.step_table import step_table
+from ipa_kernels.testing import unet_models
 
 QUICK = ("--device", "cpu", "--size", "64", "--rounds", "1")
 VARIANTS = ["one", "one masked", "three", "three masked"]
@@ -142,7 +143,7 @@ def test_quick(jobs: list[first_image.Job], capsys: pytest.CaptureFixture[str]) 
 def test_a_wrong_step_has_no_time(
     mistake: str, dtype: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = architectures.Inputs.step
+    right = unet_models.Inputs.step
 
     def wrong(self: Any, unet: Any, i: int) -> torch.Tensor:
         if not ipa_kernels.explain(unet).enabled:
@@ -160,7 +161,7 @@ def test_a_wrong_step_has_no_time(
             out[0, 0, 0, 0] = torch.nextafter(out[0, 0, 0, 0], torch.tensor(9.0))
         return out
 
-    monkeypatch.setattr(architectures.Inputs, "step", wrong)
+    monkeypatch.setattr(unet_models.Inputs, "step", wrong)
     monkeypatch.setattr(unet_steps, "interleaved", lambda *arguments: pytest.fail("timed behind a red gate"))
     monkeypatch.setattr(bench, "in_process", lambda *arguments: pytest.fail("started behind a red gate"))
     assert cli.main(["bench", *QUICK, "--dtype", dtype, "--json", "bench.json"]) == 1
@@ -293,7 +294,7 @@ def test_the_first_image(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process: two pictures, the enabled one as stock's; of another seed for the noise it is not."""
     if kind == "pipeline of SDXL":
         config = {
-            **architectures.MODELS["sdxl"].config,
+            **unet_models.MODELS["sdxl"].config,
             "sample_size": 16,
             "block_out_channels": (32, 64, 64),
             "layers_per_block": 1,
@@ -303,7 +304,7 @@ def test_the_first_image(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
             "addition_time_embed_dim": 8,
             "projection_class_embeddings_input_dim": 6 * 8 + 32,
         }
-        monkeypatch.setitem(architectures.MODELS, "tiny", architectures.Model(config, (32, 32), 64))
+        monkeypatch.setitem(unet_models.MODELS, "tiny", unet_models.Model(config, (32, 32), 64))
     job = first_image.Job("enabled", "tiny", 2, "float32", "cpu", 64)
     found = first_image.run(job)
     assert found["distance"] == 0
@@ -334,8 +335,8 @@ def test_the_first_image_in_a_process(tmp_path: Path) -> None:
 def test_a_unet_that_does_not_fit(fail: Fail, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     full = RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to")
 
-    def measure(model: architectures.Model, *arguments: object) -> list[dict[str, Any]]:
-        if model is architectures.MODELS["sdxl"]:
+    def measure(model: unet_models.Model, *arguments: object) -> list[dict[str, Any]]:
+        if model is unet_models.MODELS["sdxl"]:
             raise full
         return document()["models"]["sd15"]["rows"]
 
@@ -374,4 +375,4 @@ def test_the_parser_knows_the_architectures(capsys: pytest.CaptureFixture[str]) 
         cli.main(["bench", "--help"])
     assert stop.value.code == 0
     assert "sd15, sdxl, tiny, one or several" in capsys.readouterr().out
-    assert sorted(parser.UNETS) == sorted(architectures.MODELS)
+    assert sorted(parser.UNETS) == sorted(unet_models.MODELS)

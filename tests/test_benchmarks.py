@@ -13,8 +13,9 @@ import torch
 
 import ipa_kernels
 from benchmarks import attention, figures, generation, gpu_day, host, peers, plots, sweeps, training, unet_step
-from ipa_kernels import architectures, decoupled_attention, measure, reference, replay, schedule
-from ipa_kernels.cases import CASES
+from ipa_kernels import decoupled_attention, measure, reference, replay, schedule
+from ipa_kernels.testing import unet_models
+from ipa_kernels.testing.layer_cases import CASES
 
 CPU = torch.device("cpu")
 
@@ -196,25 +197,23 @@ def test_the_generation_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_clones_share_weights_and_nothing_else() -> None:
-    plain = architectures.build(architectures.MODELS["tiny"], torch.float32, CPU)
-    loaded = architectures.clone(plain)
-    architectures.load(loaded, architectures.MODELS["tiny"], 3)
-    enabled = architectures.clone(loaded)
+    plain = unet_models.build(unet_models.MODELS["tiny"], torch.float32, CPU)
+    loaded = unet_models.clone(plain)
+    unet_models.load(loaded, unet_models.MODELS["tiny"], 3)
+    enabled = unet_models.clone(loaded)
     ipa_kernels.enable(enabled)
     assert plain.config.encoder_hid_dim_type is None
     assert len(list(loaded.parameters())) > len(list(plain.parameters()))
     assert all(a is b for a, b in zip(loaded.parameters(), enabled.parameters(), strict=True))
     assert not ipa_kernels.explain(loaded).enabled
-    assert {processor.scale[2] for name, processor in loaded.attn_processors.items() if "attn2" in name} == {
-        architectures.SCALE
-    }
+    assert {processor.scale[2] for name, processor in loaded.attn_processors.items() if "attn2" in name} == {unet_models.SCALE}
 
 
 @pytest.mark.parametrize(("name", "layers", "millions"), [("sd15", 16, 859.5), ("sdxl", 70, 2567.5)])
 def test_the_architectures_are_the_real_ones(name: str, layers: int, millions: float, monkeypatch: pytest.MonkeyPatch) -> None:
     for draw in ("kaiming_uniform_", "uniform_", "ones_", "zeros_"):
         monkeypatch.setattr(torch.nn.init, draw, lambda tensor, *arguments, **options: tensor)
-    unet = architectures.build(architectures.MODELS[name], torch.float16, torch.device("meta"))
+    unet = unet_models.build(unet_models.MODELS[name], torch.float16, torch.device("meta"))
     assert sum("attn2" in processor for processor in unet.attn_processors) == layers
     assert round(sum(parameter.numel() for parameter in unet.parameters()) / 1e6, 1) == millions
     assert unet.dtype == torch.float16
@@ -349,7 +348,7 @@ def test_saved_bytes_are_counted_once() -> None:
 
 @pytest.mark.parametrize("mistake", ["off by a thousandth", "another scale", "no adapter"])
 def test_a_red_unet_step_is_not_timed(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = architectures.Inputs.step
+    step = unet_models.Inputs.step
 
     def wrong(self, unet, i):
         if not ipa_kernels.explain(unet).enabled:
@@ -359,7 +358,7 @@ def test_a_red_unet_step_is_not_timed(mistake: str, tmp_path: Path, monkeypatch:
                 processor.scale = [0.59 if mistake == "another scale" else 0.0]
         return step(self, unet, i) * (1.001 if mistake == "off by a thousandth" else 1)
 
-    monkeypatch.setattr(architectures.Inputs, "step", wrong)
+    monkeypatch.setattr(unet_models.Inputs, "step", wrong)
     file = tmp_path / "unet_step.json"
     monkeypatch.setattr("sys.argv", ["unet_step", "--device", "cpu", "--adapters", "one", "--rounds", "1", "--json", str(file)])
     assert unet_step.main() == 1

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import ipa_kernels
-from ipa_kernels import conditioning, steps, tiny
+from ipa_kernels import conditioning, steps
+from ipa_kernels.testing import tiny_pipelines
 
 from .zoo.adapters import FACE_DIM, HIDDEN_TOKENS, seeded, set_face_embeddings
 from .zoo.controls import CONTROLS, Control, binary
@@ -33,11 +34,11 @@ class Scene:
         self.unet = self.pipe.unet
         self.names = (name,)
         self.draw = seeded(2)
-        shape = {"base": (tiny.IMAGE_EMBED_DIM,), "faceid": (FACE_DIM,), "faceid-plus": (FACE_DIM,)}.get(
-            name, (HIDDEN_TOKENS, tiny.IMAGE_EMBED_DIM)
+        shape = {"base": (tiny_pipelines.IMAGE_EMBED_DIM,), "faceid": (FACE_DIM,), "faceid-plus": (FACE_DIM,)}.get(
+            name, (HIDDEN_TOKENS, tiny_pipelines.IMAGE_EMBED_DIM)
         )
         self.sample = self.draw(2, 4, 8, 8)
-        self.text = self.draw(2, 77, tiny.CROSS_ATTENTION_DIM)
+        self.text = self.draw(2, 77, tiny_pipelines.CROSS_ATTENTION_DIM)
         self.embeds = [self.draw(2, 1, *shape)]
         self.masks: list[Tensor] | None = None
         self.options: dict[str, Any] = {}
@@ -63,11 +64,11 @@ class Scene:
 
 
 def replace_text(scene: Scene) -> None:
-    scene.text = scene.draw(2, 77, tiny.CROSS_ATTENTION_DIM)
+    scene.text = scene.draw(2, 77, tiny_pipelines.CROSS_ATTENTION_DIM)
 
 
 def refill_text(scene: Scene) -> None:
-    scene.text.copy_(scene.draw(2, 77, tiny.CROSS_ATTENTION_DIM))
+    scene.text.copy_(scene.draw(2, 77, tiny_pipelines.CROSS_ATTENTION_DIM))
 
 
 def refill_text_through_a_view(scene: Scene) -> None:
@@ -75,15 +76,15 @@ def refill_text_through_a_view(scene: Scene) -> None:
 
 
 def text_data(scene: Scene) -> None:
-    scene.text.data = scene.draw(2, 77, tiny.CROSS_ATTENTION_DIM)
+    scene.text.data = scene.draw(2, 77, tiny_pipelines.CROSS_ATTENTION_DIM)
 
 
 def replace_images(scene: Scene) -> None:
-    scene.embeds = [scene.draw(2, 1, tiny.IMAGE_EMBED_DIM)]
+    scene.embeds = [scene.draw(2, 1, tiny_pipelines.IMAGE_EMBED_DIM)]
 
 
 def replace_images_in_the_list(scene: Scene) -> None:
-    scene.embeds[0] = scene.draw(2, 1, tiny.IMAGE_EMBED_DIM)
+    scene.embeds[0] = scene.draw(2, 1, tiny_pipelines.IMAGE_EMBED_DIM)
 
 
 def refill_images(scene: Scene) -> None:
@@ -91,7 +92,7 @@ def refill_images(scene: Scene) -> None:
 
 
 def more_images(scene: Scene) -> None:
-    scene.embeds = [scene.draw(2, 3, tiny.IMAGE_EMBED_DIM)]
+    scene.embeds = [scene.draw(2, 3, tiny_pipelines.IMAGE_EMBED_DIM)]
 
 
 def edit_text_weight(scene: Scene) -> None:
@@ -115,7 +116,7 @@ def replace_weight_data(scene: Scene) -> None:
 
 def replace_projection(scene: Scene) -> None:
     torch.manual_seed(0)
-    scene.attention().to_v = nn.Linear(tiny.CROSS_ATTENTION_DIM, scene.attention().inner_dim, bias=True)
+    scene.attention().to_v = nn.Linear(tiny_pipelines.CROSS_ATTENTION_DIM, scene.attention().inner_dim, bias=True)
 
 
 def optimizer_step(scene: Scene) -> None:
@@ -238,7 +239,7 @@ def test_masks_that_change(name: str) -> None:
 
 def test_masked_images_of_one_adapter_are_told_apart() -> None:
     def story(scene: Scene) -> None:
-        scene.embeds = [scene.draw(2, 2, tiny.IMAGE_EMBED_DIM)]
+        scene.embeds = [scene.draw(2, 2, tiny_pipelines.IMAGE_EMBED_DIM)]
         scene.masks = [binary(2)]
         for _ in range(3):
             scene.step()
@@ -339,7 +340,7 @@ def test_recycled_memory() -> None:
 
 def test_alternating_conditions_are_all_remembered() -> None:
     def story(scene: Scene) -> None:
-        texts = [scene.draw(2, 77, tiny.CROSS_ATTENTION_DIM) for _ in range(4)]
+        texts = [scene.draw(2, 77, tiny_pipelines.CROSS_ATTENTION_DIM) for _ in range(4)]
         times = list(range(900, 500, -100))
         for time in times:
             for scene.text in texts:
@@ -567,7 +568,7 @@ def test_a_direct_call_of_a_layer_remembers_nothing() -> None:
     ipa_kernels.enable(scene.unet)
     scene.step()
     before = ipa_kernels.explain(scene.unet).cache
-    states = scene.text, [scene.draw(2, 1, 4, tiny.CROSS_ATTENTION_DIM)]
+    states = scene.text, [scene.draw(2, 1, 4, tiny_pipelines.CROSS_ATTENTION_DIM)]
     with torch.no_grad():
         for _ in range(2):
             scene.attention()(scene.draw(2, 16, 64), encoder_hidden_states=states)
@@ -658,7 +659,7 @@ def test_a_row_that_is_visibly_repeated_is_projected_once_for_the_kernel(impl: s
         return forward(module, input)
 
     scene = Scene()
-    scene.text = scene.draw(1, 77, tiny.CROSS_ATTENTION_DIM).expand(2, -1, -1)
+    scene.text = scene.draw(1, 77, tiny_pipelines.CROSS_ATTENTION_DIM).expand(2, -1, -1)
     scene.step()
     ipa_kernels.enable(scene.unet, impl=impl)
     monkeypatch.setattr(nn.Linear, "forward", counting)
@@ -695,7 +696,7 @@ def test_a_recorded_step_holds_no_remembered_values() -> None:
     scene = Scene()
     scene.unet.requires_grad_(False)
     ipa_kernels.enable(scene.unet)
-    other = scene.draw(2, 77, tiny.CROSS_ATTENTION_DIM)
+    other = scene.draw(2, 77, tiny_pipelines.CROSS_ATTENTION_DIM)
 
     def step(text: Tensor) -> Tensor:
         return scene.unet(scene.sample, time, text, added_cond_kwargs={"image_embeds": scene.embeds}).sample
@@ -719,11 +720,11 @@ def test_a_step_without_data(kind: str) -> None:
     unet = pipe.unet.to("meta")
     rows = 2 * (FRAMES if kind == "animatediff" else 1)
     frames = (FRAMES,) if kind == "animatediff" else ()
-    width = KOLORS_TEXT_DIM if kind == "kolors" else tiny.CROSS_ATTENTION_DIM
-    added = {"image_embeds": [torch.empty(2, 1, tiny.IMAGE_EMBED_DIM, device="meta")]}
+    width = KOLORS_TEXT_DIM if kind == "kolors" else tiny_pipelines.CROSS_ATTENTION_DIM
+    added = {"image_embeds": [torch.empty(2, 1, tiny_pipelines.IMAGE_EMBED_DIM, device="meta")]}
     if kind == "kolors":
         added |= {
-            "text_embeds": torch.empty(2, tiny.IMAGE_EMBED_DIM, device="meta"),
+            "text_embeds": torch.empty(2, tiny_pipelines.IMAGE_EMBED_DIM, device="meta"),
             "time_ids": torch.empty(2, 6, device="meta"),
         }
     ipa_kernels.enable(unet)

@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import ipa_kernels
-from ipa_kernels import cli, tiny
+from ipa_kernels import cli
 from ipa_kernels.commands.pictures import Panel, compose, draw_reference
+from ipa_kernels.testing import tiny_pipelines
 
 from .saved_weights import save_adapter
 
@@ -154,7 +155,7 @@ def test_broken_adapters(fail: Fail, weights: Path, tmp_path: Path) -> None:
     save_file({"lora": torch.zeros(1)}, folder / "b.safetensors")
     assert "a.safetensors, b.safetensors" in fail(*model, "--ip-adapter", folder)
     assert "cannot load b.safetensors" in fail(*model, "--ip-adapter", folder / "b.safetensors")
-    other = tiny.base_adapter(tiny.stable_diffusion_xl().unet)
+    other = tiny_pipelines.base_adapter(tiny_pipelines.stable_diffusion_xl().unet)
     save_adapter(other, folder / "c.safetensors")
     assert "cannot load c.safetensors for this model" in fail(*model, "--ip-adapter", folder / "c.safetensors")
 

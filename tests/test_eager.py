@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ipa_kernels import decoupled_attention, reference
-from ipa_kernels.cases import CASES, Case, Inputs
+from ipa_kernels.testing.layer_cases import CASES, Case, Inputs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

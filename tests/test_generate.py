@@ -13,13 +13,14 @@ import torch
 from diffusers.image_processor import IPAdapterMaskProcessor
 from PIL import Image, ImageDraw
 
-from ipa_kernels import cli, tiny
+from ipa_kernels import cli
 from ipa_kernels.commands import generation
 from ipa_kernels.commands.errors import UserError
 from ipa_kernels.commands.generate import _memory_advice
 from ipa_kernels.commands.loading import build_pipeline, place
 from ipa_kernels.commands.pictures import Panel, compose
 from ipa_kernels.commands.regions import check_layout
+from ipa_kernels.testing import tiny_pipelines
 
 from .saved_weights import save_adapter
 
@@ -188,15 +189,15 @@ def test_broken_adapters(fail: Mistake, weights: Path, tmp_path: Path) -> None:
     assert "--ip-adapter ../gone: no such file or folder" in refused("../gone")
     assert f"--ip-adapter {weights}: no gone.bin in it" in refused(weights, "--ip-adapter-weight", "gone.bin")
 
-    unet = tiny.stable_diffusion().unet
+    unet = tiny_pipelines.stable_diffusion().unet
     save_adapter(_face(unet), tmp_path / "face.safetensors")
     assert "cannot load face.safetensors for this model: it is a FaceID adapter" in refused("face.safetensors")
-    narrow = tiny.base_adapter(unet)
+    narrow = tiny_pipelines.base_adapter(unet)
     narrow["ip_adapter"] = {name: weight[:, :48].clone() for name, weight in narrow["ip_adapter"].items()}
     save_adapter(narrow, tmp_path / "narrow.safetensors")
     line = refused("narrow.safetensors")
     assert "it is for 7 layers and text 48 wide, the UNet has 7 layers and text 64 wide" in line
-    torch.save(tiny.plus_adapter(unet, image_dim=48), "wide.bin")
+    torch.save(tiny_pipelines.plus_adapter(unet, image_dim=48), "wide.bin")
     assert "wide.bin reads image embeddings 48 wide, the image encoder gives 32" in refused("wide.bin")
     both = ("--ip-adapter", weights / "base.bin", "--image", "a.png", "--ip-adapter", "face.safetensors", "--image", "b.jpg")
     assert "--ip-adapter face.safetensors: cannot" in fail("--model", weights / "model", *both)
@@ -207,7 +208,7 @@ def test_broken_models(fail: Mistake, weights: Path, tmp_path: Path) -> None:
     assert "--model ../gone: no such file or folder" in fail("--model", "../gone", *rest)
     assert "model_index.json" in fail("--model", weights / "adapters", *rest)
     parts = {**build_pipeline(torch.float32).components, "scheduler": diffusers.LCMScheduler()}
-    parts["unet"] = tiny.stable_diffusion().unet
+    parts["unet"] = tiny_pipelines.stable_diffusion().unet
     consistency = diffusers.LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
     consistency.save_pretrained("lcm")
     line = fail("--model", "lcm", *rest, "--negative-prompt", "a dog")
@@ -334,6 +335,6 @@ def test_captions_stay_over_their_pictures() -> None:
 
 def _face(unet: Any) -> dict[str, dict[str, torch.Tensor]]:
     """Enough of a FaceID checkpoint to be known as one."""
-    adapter = tiny.base_adapter(unet)
+    adapter = tiny_pipelines.base_adapter(unet)
     adapter["image_proj"] = {name: torch.zeros(4, 4) for name in ("proj.0.weight", "proj.2.weight", "norm.weight")}
     return adapter

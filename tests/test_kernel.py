@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ipa_kernels import decoupled_attention, reference
-from ipa_kernels.cases import CASES, Inputs
+from ipa_kernels.testing.layer_cases import CASES, Inputs
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 HEAD_DIMS = [8, 24, 40, 64, 80, 88, 128, 160, 256]

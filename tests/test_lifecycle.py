@@ -24,9 +24,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import ipa_kernels
-from ipa_kernels import UnsupportedError, tiny
+from ipa_kernels import UnsupportedError
 from ipa_kernels.ops import eager
 from ipa_kernels.report import FallbackWarning
+from ipa_kernels.testing import tiny_pipelines
 
 from .zoo.adapters import load
 from .zoo.controls import CONTROLS, Control, binary
@@ -411,8 +412,8 @@ def with_a_scale_too_many(pipe: Any) -> None:
 
 
 def with_attention_mask(pipe: Any, control: Control) -> torch.Tensor:
-    embeds = [torch.randn(1, 1, tiny.IMAGE_EMBED_DIM, generator=torch.Generator().manual_seed(0))]
-    text = torch.randn(1, 7, tiny.CROSS_ATTENTION_DIM, generator=torch.Generator().manual_seed(1))
+    embeds = [torch.randn(1, 1, tiny_pipelines.IMAGE_EMBED_DIM, generator=torch.Generator().manual_seed(0))]
+    text = torch.randn(1, 7, tiny_pipelines.CROSS_ATTENTION_DIM, generator=torch.Generator().manual_seed(1))
     mask = torch.tensor([[1, 1, 1, 0, 0, 0, 1]])
     with torch.no_grad():
         return pipe.unet(
@@ -706,12 +707,12 @@ def test_what_no_unet_has_runs_diffusers_code(part: str) -> None:
     if part == "group_norm":
         attention.group_norm = torch.nn.GroupNorm(8, 64)
     elif part == "norm_cross":
-        attention.norm_cross = torch.nn.LayerNorm(tiny.CROSS_ATTENTION_DIM)
+        attention.norm_cross = torch.nn.LayerNorm(tiny_pipelines.CROSS_ATTENTION_DIM)
     elif part == "four dimensions":
         hidden = torch.randn(2, 64, 4, 4)
     else:
         setattr(attention, part, 2.0 if part == "rescale_output_factor" else True)
-    states = torch.randn(2, 7, tiny.CROSS_ATTENTION_DIM), [torch.randn(2, 1, 4, tiny.CROSS_ATTENTION_DIM)]
+    states = torch.randn(2, 7, tiny_pipelines.CROSS_ATTENTION_DIM), [torch.randn(2, 1, 4, tiny_pipelines.CROSS_ATTENTION_DIM)]
     with torch.no_grad():
         expected = attention(hidden, encoder_hidden_states=states)
         ipa_kernels.enable(pipe)

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import attention
 from ipa_kernels import measure, replay
-from ipa_kernels.cases import CASES, Case
+from ipa_kernels.testing.layer_cases import CASES, Case
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ipa_kernels import decoupled_attention
-from ipa_kernels.cases import CASES
+from ipa_kernels.testing.layer_cases import CASES
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import Attention, IPAdapterAttnProcess
 from torch import Tensor
 
 from ipa_kernels import reference
-from ipa_kernels.cases import CASES
+from ipa_kernels.testing.layer_cases import CASES
 
 
 def test_the_text_branch_is_torchs_attention() -> None:

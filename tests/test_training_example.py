@@ -23,7 +23,7 @@ from accelerate.state import AcceleratorState, GradientState
 from ip_adapter_training import adapter, arguments, checkpoints, data, validation
 from ip_adapter_training.metrics import Metrics
 
-from ipa_kernels import tiny
+from ipa_kernels.testing import tiny_pipelines
 
 SCRIPT = Path(train_ip_adapter.__file__)
 STEPS = 200
@@ -143,7 +143,7 @@ def test_the_adapter_makes_the_same_picture_in_a_stock_pipeline(stock: Path, pic
         (picture,) = validation.pictures(pipe, [pictures / "red.png"], PROMPT, 3, trained.width, seed=0)
         return picture
 
-    pipe = tiny.stable_diffusion_xl(encoders=True)
+    pipe = tiny_pipelines.stable_diffusion_xl(encoders=True)
     pipe.load_ip_adapter(str(stock), subfolder="", weight_name="ip_adapter.safetensors", image_encoder_folder=None)
     assert generate(pipe).tobytes() == trained.tobytes()
     pipe.set_ip_adapter_scale(0.0)
@@ -307,7 +307,11 @@ def test_memory_savers_and_precisions(pictures: Path, stock: Path, tmp_path: Pat
 @pytest.mark.parametrize("kind", ["base", "plus"])
 def test_the_first_adapter_survives_its_file(model: str, kind: str, tmp_path: Path) -> None:
     def build() -> Any:
-        return tiny.stable_diffusion(encoders=True) if model == "sd15" else tiny.stable_diffusion_xl(encoders=True)
+        return (
+            tiny_pipelines.stable_diffusion(encoders=True)
+            if model == "sd15"
+            else tiny_pipelines.stable_diffusion_xl(encoders=True)
+        )
 
     pipe = build()
     parameters = adapter.install(pipe, adapter.initial(pipe.unet, kind, pipe.image_encoder, tokens=6))
@@ -349,7 +353,7 @@ def test_a_run_from_another_adapter_with_an_average(pictures: Path, stock: Path,
 @pytest.mark.parametrize("own_encoder", [True, False])
 def test_a_model_from_a_folder(own_encoder: bool, pictures: Path, stock: Path, tmp_path: Path) -> None:
     """The losses of the model that was saved there, with the image encoder in it or in a folder of its own."""
-    pipe = tiny.stable_diffusion_xl(encoders=True)
+    pipe = tiny_pipelines.stable_diffusion_xl(encoders=True)
     if not own_encoder:
         pipe.image_encoder.save_pretrained(tmp_path / "encoder")
         pipe.register_modules(image_encoder=None, feature_extractor=None)
@@ -376,7 +380,7 @@ def test_a_batch_is_the_same_however_it_is_shared() -> None:
 
 def test_everything_random_follows_from_the_seed_and_the_number(pictures: Path) -> None:
     folder = data.read_folder(pictures, 32)
-    pipe = tiny.stable_diffusion(encoders=True)
+    pipe = tiny_pipelines.stable_diffusion(encoders=True)
     shares = (0.1, 0.2, 0.3)
 
     def examples(seed: int, **options: Any) -> data.Examples:
@@ -452,8 +456,8 @@ def test_mistakes_are_named(mistake: str, pictures: Path, tmp_path: Path) -> Non
     (places["missing"] / "metadata.jsonl").write_text('{"file_name": "gone.png", "text": "x"}\n')
     (places["broken"] / "x.png").write_text("no picture")
     (places["broken"] / "x.txt").write_text("x")
-    unet = tiny.stable_diffusion_xl().unet
-    wide = tiny.base_adapter(unet, image_dim=48)
+    unet = tiny_pipelines.stable_diffusion_xl().unet
+    wide = tiny_pipelines.base_adapter(unet, image_dim=48)
     torch.save(wide, places["broken"] / "wide.bin")
     square, line = torch.zeros(64, 64), torch.zeros(64)
     full = {f"proj.{i}.weight": square for i in (0, 2)} | {f"proj.{i}.bias": line for i in (0, 2)}

@@ -11,8 +11,8 @@ from peft import LoraConfig
 from torch import Tensor
 
 import ipa_kernels
-from ipa_kernels import tiny
 from ipa_kernels.processors import unet as processors
+from ipa_kernels.testing import tiny_pipelines
 
 from .zoo.pipelines import build
 
@@ -22,8 +22,8 @@ Gradients = dict[str, Tensor]
 def step(unet: Any, adapters: int = 1, *, images: int = 1, masks: Any = None) -> Gradients:
     """The gradients of one training step, by parameter."""
     random = torch.Generator().manual_seed(2)
-    text = torch.randn(1, 7, tiny.CROSS_ATTENTION_DIM, generator=random)
-    embeds = [torch.randn(1, images, tiny.IMAGE_EMBED_DIM, generator=random) for _ in range(adapters)]
+    text = torch.randn(1, 7, tiny_pipelines.CROSS_ATTENTION_DIM, generator=random)
+    embeds = [torch.randn(1, images, tiny_pipelines.IMAGE_EMBED_DIM, generator=random) for _ in range(adapters)]
     noise = torch.randn(1, 4, 8, 8, generator=random)
     options = {} if masks is None else {"cross_attention_kwargs": {"ip_adapter_masks": masks}}
     unet.zero_grad(set_to_none=True)
@@ -183,7 +183,7 @@ def test_steps_without_grad_in_between_use_the_caches_and_change_nothing() -> No
     only_adapters(unet)
     ipa_kernels.enable(unet, impl="triton")
     expected = step(unet)
-    text, embeds = torch.randn(1, 7, tiny.CROSS_ATTENTION_DIM), [torch.randn(1, 1, tiny.IMAGE_EMBED_DIM)]
+    text, embeds = torch.randn(1, 7, tiny_pipelines.CROSS_ATTENTION_DIM), [torch.randn(1, 1, tiny_pipelines.IMAGE_EMBED_DIM)]
     with torch.no_grad():
         for timestep in (2, 1):
             unet(torch.ones(1, 4, 8, 8), timestep, text, added_cond_kwargs={"image_embeds": embeds})
@@ -223,8 +223,8 @@ def test_in_a_compiled_graph(impl: str) -> None:
         only_adapters(pipe.unet)
     ipa_kernels.enable(ours, impl=impl)
     compiled = torch.compile(ours.unet, fullgraph=True, backend="aot_eager")
-    embeds = [torch.randn(1, 1, tiny.IMAGE_EMBED_DIM), torch.randn(1, 1, 9, tiny.IMAGE_EMBED_DIM)]
-    noise, text = torch.randn(1, 4, 8, 8), torch.randn(1, 7, tiny.CROSS_ATTENTION_DIM)
+    embeds = [torch.randn(1, 1, tiny_pipelines.IMAGE_EMBED_DIM), torch.randn(1, 1, 9, tiny_pipelines.IMAGE_EMBED_DIM)]
+    noise, text = torch.randn(1, 4, 8, 8), torch.randn(1, 7, tiny_pipelines.CROSS_ATTENTION_DIM)
     gradients = []
     for unet, called in ((ours.unet, compiled), (theirs.unet, theirs.unet)):
         called(noise, 7, text, added_cond_kwargs={"image_embeds": embeds}).sample.square().mean().backward()

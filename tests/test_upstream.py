@@ -13,7 +13,7 @@ from diffusers.loaders import UNet2DConditionLoadersMixin
 from torch import Tensor
 
 import ipa_kernels
-from ipa_kernels import tiny
+from ipa_kernels.testing import tiny_pipelines
 
 from .zoo.adapters import CHECKPOINTS, load
 from .zoo.controls import Control, binary
@@ -39,7 +39,7 @@ def enabled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def predict(model: UNet2DConditionModel, embeds: list[Tensor] | None = None, **options: Any) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     sample = torch.randn(2, 4, 8, 8, generator=generator)
-    text = torch.randn(2, 77, tiny.CROSS_ATTENTION_DIM, generator=generator)
+    text = torch.randn(2, 77, tiny_pipelines.CROSS_ATTENTION_DIM, generator=generator)
     added = {} if embeds is None else {"added_cond_kwargs": {"image_embeds": embeds}}
     with torch.no_grad():
         return model(sample, 10, text, **added, **options).sample
@@ -57,7 +57,7 @@ def set_scale(model: UNet2DConditionModel, scale: list[int]) -> None:
 
 def test_load_ip_adapter() -> None:
     model = unet()
-    model._load_ip_adapter_weights([tiny.base_adapter(model)])
+    model._load_ip_adapter_weights([tiny_pipelines.base_adapter(model)])
     assert model.config.encoder_hid_dim_type == "ip_image_proj"
     assert model.encoder_hid_proj is not None
     block = model.down_blocks[0].attentions[0].transformer_blocks[0]
@@ -70,7 +70,7 @@ def test_ip_adapter(kind: str) -> None:
     plain = predict(model)
     first, second = (CHECKPOINTS[kind](model, seed) for seed in range(2))
     second["ip_adapter"] = {name: 2 * weight for name, weight in second["ip_adapter"].items()}
-    shape = (2, 1, tiny.IMAGE_EMBED_DIM) if kind == "base" else (2, 1, 9, tiny.IMAGE_EMBED_DIM)
+    shape = (2, 1, tiny_pipelines.IMAGE_EMBED_DIM) if kind == "base" else (2, 1, 9, tiny_pipelines.IMAGE_EMBED_DIM)
     embeds = torch.randn(shape, generator=torch.Generator().manual_seed(5))
 
     model._load_ip_adapter_weights([first])

@@ -150,7 +150,7 @@ assert ipa_kernels.__file__.startswith(sys.prefix), ipa_kernels.__file__
 for absent in ("diffusers", "triton", "transformers", "PIL", "matplotlib", "numpy"):
     assert importlib.util.find_spec(absent) is None, absent
 
-from ipa_kernels.cases import CASES
+from ipa_kernels.testing.layer_cases import CASES
 inputs = CASES["sdxl_1024_64x64_three_masked"].small().inputs(torch.float32)
 positional, named = inputs.arguments()
 out = ipa_kernels.decoupled_attention(*positional, **named)

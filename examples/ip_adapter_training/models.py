@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-from ipa_kernels import tiny
+from ipa_kernels.testing import tiny_pipelines
 
 from .arguments import UsageError
 
@@ -18,7 +18,7 @@ def load(arguments: argparse.Namespace) -> Any:
     """A pipeline of Stable Diffusion 1.5, 2.1 or XL with an image encoder, on the CPU in float32. Raises UsageError."""
     if arguments.tiny:
         # the weights do not follow --seed: an adapter fits the model that it was trained with
-        make = tiny.stable_diffusion if arguments.tiny == "sd15" else tiny.stable_diffusion_xl
+        make = tiny_pipelines.stable_diffusion if arguments.tiny == "sd15" else tiny_pipelines.stable_diffusion_xl
         return make(encoders=True)
     try:
         pipe = DiffusionPipeline.from_pretrained(arguments.model, dtype=torch.float32)

@@ -6,7 +6,7 @@ from typing import Any
 from .arguments import add_command, add_machine, whole_number
 
 UNETS = ("sd15", "sdxl", "tiny")
-"""Of `architectures.MODELS`, which takes seconds to import."""
+"""Of `unet_models.MODELS`, which takes seconds to import."""
 
 
 def add(commands: Any) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from ..architectures import MODELS
 from ..first_image import Job, in_process
 from ..kernels.dtypes import dtype_name
 from ..measure import SLACK, machine_facts
+from ..testing.unet_models import MODELS
 from ..unet_steps import measure
 from .errors import UserError
 from .files import check_overwriting, json_file, writable, written

@@ -10,12 +10,12 @@ import diffusers
 import torch
 from PIL import Image, ImageOps
 
-from .. import tiny
 from ..integration import explain
+from ..testing import tiny_pipelines
 from .adapter_files import WEIGHTS, check_encoder, check_encoder_folder, find
 from .errors import UserError, elsewhere, why
 
-TINY_ADAPTERS: dict[str, Callable[..., Any]] = {"base": tiny.base_adapter, "plus": tiny.plus_adapter}
+TINY_ADAPTERS: dict[str, Callable[..., Any]] = {"base": tiny_pipelines.base_adapter, "plus": tiny_pipelines.plus_adapter}
 """What --ip-adapter names where there is no --model."""
 
 _DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 40) else "torch_dtype"
@@ -57,8 +57,8 @@ def load_pipeline(model: str, adapters: Sequence[Weights], image_encoder: str, d
 
 def build_pipeline(dtype: torch.dtype, adapters: Sequence[str] = ("base",)) -> Any:
     """The small pipeline with CLIP encoders and one or more of `TINY_ADAPTERS`, all weights random."""
-    pipe = tiny.stable_diffusion(encoders=True)
-    tiny.load(pipe, *(TINY_ADAPTERS[name](pipe.unet, seed=i) for i, name in enumerate(adapters)))
+    pipe = tiny_pipelines.stable_diffusion(encoders=True)
+    tiny_pipelines.load(pipe, *(TINY_ADAPTERS[name](pipe.unet, seed=i) for i, name in enumerate(adapters)))
     return pipe.to(dtype=dtype)
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..cases import BY_ROW, CASES, Case
 from ..ops import decoupled_attention
 from ..ops.dispatch import call_reasons
 from ..ops.validation import check_arguments
+from ..testing.layer_cases import BY_ROW, CASES, Case
 from .errors import UserError
 from .findings import Checked, Finding, failure
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ..cases import Case
 from ..kernels.dtypes import dtype_name
 from ..measure import machine_facts
 from ..ops.dispatch import allows_tf32, kernel_module, layer_reasons
+from ..testing.layer_cases import Case
 from . import named_cases
 from .defaults import IMAGE_ENCODER, PROMPT, SCALE
 from .errors import UserError

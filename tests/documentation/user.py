@@ -18,8 +18,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders import IPAdapterMixin
 from PIL import Image
 
-from ipa_kernels import tiny
 from ipa_kernels.commands.pictures import draw_reference
+from ipa_kernels.testing import tiny_pipelines
 
 from ..zoo.life import Life, lora
 from .pages import Block
@@ -33,17 +33,20 @@ ALL_STEPS = ("README.md", "docs/commands.md")
 
 def stable_diffusion() -> Any:
     """The 16 cross-attentions of Stable Diffusion 1.5, of width 32 and 64."""
-    pipe = tiny.stable_diffusion(encoders=True)
+    pipe = tiny_pipelines.stable_diffusion(encoders=True)
     torch.manual_seed(0)
     pipe.unet = UNet2DConditionModel(
-        block_out_channels=(32, 64, 64, 64), sample_size=16, cross_attention_dim=tiny.CROSS_ATTENTION_DIM, attention_head_dim=4
+        block_out_channels=(32, 64, 64, 64),
+        sample_size=16,
+        cross_attention_dim=tiny_pipelines.CROSS_ATTENTION_DIM,
+        attention_head_dim=4,
     )
     return pipe
 
 
 def stable_diffusion_xl() -> Any:
     """The blocks of SDXL, of width 32 and 64, with one layer in each: 11 cross-attentions, not 70."""
-    pipe = tiny.stable_diffusion_xl(encoders=True)
+    pipe = tiny_pipelines.stable_diffusion_xl(encoders=True)
     config = dict(pipe.unet.config) | {
         "block_out_channels": (32, 64, 64),
         "layers_per_block": 2,
@@ -62,10 +65,10 @@ MODELS: dict[str, Callable[[], Any]] = {
     "stabilityai/stable-diffusion-xl-base-1.0": stable_diffusion_xl,
 }
 ADAPTERS: dict[tuple[str, str], Callable[[Any], Any]] = {
-    ("models", "ip-adapter_sd15.safetensors"): tiny.base_adapter,
-    ("models", "ip-adapter-plus_sd15.safetensors"): tiny.plus_adapter,
-    ("sdxl_models", "ip-adapter_sdxl_vit-h.safetensors"): tiny.base_adapter,
-    ("sdxl_models", "ip-adapter-plus_sdxl_vit-h.safetensors"): tiny.plus_adapter,
+    ("models", "ip-adapter_sd15.safetensors"): tiny_pipelines.base_adapter,
+    ("models", "ip-adapter-plus_sd15.safetensors"): tiny_pipelines.plus_adapter,
+    ("sdxl_models", "ip-adapter_sdxl_vit-h.safetensors"): tiny_pipelines.base_adapter,
+    ("sdxl_models", "ip-adapter-plus_sdxl_vit-h.safetensors"): tiny_pipelines.plus_adapter,
 }
 """By folder and name in this repository:"""
 ADAPTER_REPOSITORY = "h94/IP-Adapter"
@@ -139,10 +142,10 @@ def without_hub_and_gpu(page: str = "") -> Iterator[None]:
             return load(pipe, repository, subfolder, weight_name, **options)
         folders, names = ([x] if isinstance(x, str) else x for x in (subfolder, weight_name))
         folders = folders * len(names) if len(folders) == 1 else folders
-        known = ADAPTERS if repository == ADAPTER_REPOSITORY else {("", "ip_adapter.safetensors"): tiny.base_adapter}
+        known = ADAPTERS if repository == ADAPTER_REPOSITORY else {("", "ip_adapter.safetensors"): tiny_pipelines.base_adapter}
         adapters = [known[key](pipe.unet) for key in zip(folders, names, strict=True)]
         if pipe.image_encoder is None:
-            pipe.register_modules(**tiny._image_encoder())
+            pipe.register_modules(**tiny_pipelines._image_encoder())
         blanks = [""] * len(adapters)
         load(pipe, adapters, subfolder=blanks, weight_name=blanks, image_encoder_folder=None)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ipa_kernels import tiny
+from ipa_kernels.testing import tiny_pipelines
 
 FACE_DIM = 24
 """Width of a face recogniser's embedding."""
@@ -22,47 +22,47 @@ Checkpoint = dict[str, dict[str, Tensor]]
 
 def full(unet: Any, seed: int) -> Checkpoint:
     """Full: as many image tokens as the encoder has hidden states, through one feed-forward layer."""
-    random, width = tiny.Random(seed), tiny.CROSS_ATTENTION_DIM
+    random, width = tiny_pipelines.Random(seed), tiny_pipelines.CROSS_ATTENTION_DIM
     projection = {
-        "proj.0.weight": random(tiny.IMAGE_EMBED_DIM, tiny.IMAGE_EMBED_DIM),
-        "proj.0.bias": random(tiny.IMAGE_EMBED_DIM),
-        "proj.2.weight": random(width, tiny.IMAGE_EMBED_DIM),
+        "proj.0.weight": random(tiny_pipelines.IMAGE_EMBED_DIM, tiny_pipelines.IMAGE_EMBED_DIM),
+        "proj.0.bias": random(tiny_pipelines.IMAGE_EMBED_DIM),
+        "proj.2.weight": random(width, tiny_pipelines.IMAGE_EMBED_DIM),
         "proj.2.bias": random(width),
         "proj.3.weight": 1 + random(width),
         "proj.3.bias": random(width),
     }
-    return {"image_proj": projection, "ip_adapter": tiny.attention_weights(unet, random)}
+    return {"image_proj": projection, "ip_adapter": tiny_pipelines.attention_weights(unet, random)}
 
 
 def faceid(unet: Any, seed: int) -> Checkpoint:
     """FaceID: 4 tokens from the embedding of a face recogniser, and a LoRA on every attention of the UNet."""
-    random = tiny.Random(seed)
-    weights = tiny.attention_weights(unet, random) | lora_weights(unet, random)
+    random = tiny_pipelines.Random(seed)
+    weights = tiny_pipelines.attention_weights(unet, random) | lora_weights(unet, random)
     return {"image_proj": face_tokens(random), "ip_adapter": weights}
 
 
 def faceid_plus(unet: Any, seed: int) -> Checkpoint:
     """FaceID Plus: the face embedding as queries of a four-layer resampler over the hidden states. No LoRA."""
-    random, width = tiny.Random(seed), tiny.CROSS_ATTENTION_DIM
+    random, width = tiny_pipelines.Random(seed), tiny_pipelines.CROSS_ATTENTION_DIM
     resampler = {
-        "proj_in.weight": random(width, tiny.IMAGE_EMBED_DIM),
+        "proj_in.weight": random(width, tiny_pipelines.IMAGE_EMBED_DIM),
         "proj_in.bias": random(width),
         "proj_out.weight": random(width, width),
         "proj_out.bias": random(width),
         "norm_out.weight": 1 + random(width),
         "norm_out.bias": random(width),
-        **tiny.resampler_layers(random, width),
+        **tiny_pipelines.resampler_layers(random, width),
     }
     projection = {
         **face_tokens(random),
         **{f"perceiver_resampler.{name}": weight for name, weight in resampler.items()},
     }
-    return {"image_proj": projection, "ip_adapter": tiny.attention_weights(unet, random)}
+    return {"image_proj": projection, "ip_adapter": tiny_pipelines.attention_weights(unet, random)}
 
 
 def face_tokens(random: Any) -> dict[str, Tensor]:
     """Two layers that make 4 tokens of the embedding of a face recogniser."""
-    width = tiny.CROSS_ATTENTION_DIM
+    width = tiny_pipelines.CROSS_ATTENTION_DIM
     return {
         "proj.0.weight": random(2 * FACE_DIM, FACE_DIM),
         "proj.0.bias": random(2 * FACE_DIM),
@@ -86,10 +86,10 @@ def lora_weights(unet: Any, random: Any, rank: int = 2) -> dict[str, Tensor]:
 
 
 CHECKPOINTS: dict[str, Callable[[Any, int], Checkpoint]] = {
-    "base": tiny.base_adapter,
-    "light": tiny.base_adapter,
-    "plus": tiny.plus_adapter,
-    "plus-face": tiny.plus_adapter,
+    "base": tiny_pipelines.base_adapter,
+    "light": tiny_pipelines.base_adapter,
+    "plus": tiny_pipelines.plus_adapter,
+    "plus-face": tiny_pipelines.plus_adapter,
     "full": full,
     "faceid": faceid,
     "faceid-plus": faceid_plus,
@@ -111,19 +111,19 @@ SETS = (
 def load(pipe: Any, *names: str, seed: int = 0) -> None:
     """Load adapters by kind; their scale is 0.7."""
     states = [CHECKPOINTS[name](pipe.unet, seed + i) for i, name in enumerate(names)]
-    tiny.load(pipe, *states)
+    tiny_pipelines.load(pipe, *states)
     pipe.set_ip_adapter_scale([0.7] * len(names))
 
 
 def embeddings(names: tuple[str, ...], draw: Draw, halves: int, images: int, *, negative: bool = True) -> list[Tensor]:
     """`ip_adapter_image_embeds`: [halves, images, ...] per adapter, the first half for the negative prompt (or zeros)."""
     shapes = {
-        "base": (tiny.IMAGE_EMBED_DIM,),
-        "light": (tiny.IMAGE_EMBED_DIM,),
+        "base": (tiny_pipelines.IMAGE_EMBED_DIM,),
+        "light": (tiny_pipelines.IMAGE_EMBED_DIM,),
         "faceid": (FACE_DIM,),
         "faceid-plus": (FACE_DIM,),
     }
-    embeds = [draw(halves, images, *shapes.get(name, (HIDDEN_TOKENS, tiny.IMAGE_EMBED_DIM))) for name in names]
+    embeds = [draw(halves, images, *shapes.get(name, (HIDDEN_TOKENS, tiny_pipelines.IMAGE_EMBED_DIM))) for name in names]
     if halves == 2 and not negative:
         for tensor in embeds:
             tensor[0] = 0
@@ -134,7 +134,7 @@ def set_face_embeddings(pipe: Any, draw: Draw, rows: int, images: int) -> None:
     """What a user of FaceID Plus sets on its projection: the hidden states [rows, images, tokens, width] of the images."""
     for layer in pipe.unet.encoder_hid_proj.image_projection_layers:
         if hasattr(layer, "clip_embeds"):
-            row = draw(1, images, HIDDEN_TOKENS, tiny.IMAGE_EMBED_DIM)
+            row = draw(1, images, HIDDEN_TOKENS, tiny_pipelines.IMAGE_EMBED_DIM)
             layer.clip_embeds = row.expand(rows, -1, -1, -1).contiguous()
             layer.shortcut = True
             layer.shortcut_scale = 0.8

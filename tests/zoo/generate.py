@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import ipa_kernels
-from ipa_kernels import tiny
+from ipa_kernels.testing import tiny_pipelines
 
 from .adapters import Draw, embeddings, seeded, set_face_embeddings
 from .controls import Control, callback
@@ -109,14 +109,14 @@ def traces(unet: Any) -> list[object]:
 def _inputs(pipe: Any, draw: Draw, control: Control, size: int) -> dict[str, Any]:
     """Every input that some pipeline takes, by the name of its parameter."""
     kolors = "Kolors" in type(pipe).__name__
-    prompts, width = control.prompts, KOLORS_TEXT_DIM if kolors else tiny.CROSS_ATTENTION_DIM
+    prompts, width = control.prompts, KOLORS_TEXT_DIM if kolors else tiny_pipelines.CROSS_ATTENTION_DIM
     shape = (prompts * control.images_per_prompt, 4, *((FRAMES,) if _is_motion(pipe) else ()), size, size)
     pixels = draw(prompts if hasattr(pipe, "adapter") else 1, 3, 2 * size, 2 * size).sigmoid()
     inputs = {
         "prompt_embeds": draw(prompts, 77, width),
         "negative_prompt_embeds": draw(prompts, 77, width),
-        "pooled_prompt_embeds": draw(prompts, tiny.IMAGE_EMBED_DIM),
-        "negative_pooled_prompt_embeds": draw(prompts, tiny.IMAGE_EMBED_DIM),
+        "pooled_prompt_embeds": draw(prompts, tiny_pipelines.IMAGE_EMBED_DIM),
+        "negative_pooled_prompt_embeds": draw(prompts, tiny_pipelines.IMAGE_EMBED_DIM),
         "latents": draw(*shape),
         "height": 2 * size,
         "width": 2 * size,

@@ -14,7 +14,7 @@ from diffusers import AnimateDiffPipeline, StableDiffusionImg2ImgPipeline, Stabl
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
-from ipa_kernels import tiny
+from ipa_kernels.testing import tiny_pipelines
 
 from .adapters import load
 from .generate import Outcome, outcome
@@ -56,7 +56,7 @@ def plain(result: Outcome) -> Outcome:
 
 
 def lora(life: Life) -> None:
-    random = tiny.Random(11)
+    random = tiny_pipelines.Random(11)
     state = {}
     for name in life.pipe.unet.attn_processors:
         if name.startswith("encoder_hid_proj"):

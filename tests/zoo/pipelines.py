@@ -29,7 +29,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from ipa_kernels import tiny
+from ipa_kernels.testing import tiny_pipelines
 
 from .adapters import load
 from .own import ModularXL, OwnLoop
@@ -51,7 +51,7 @@ def unet(**config: Any) -> UNet2DConditionModel:
         "norm_num_groups": 8,
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "cross_attention_dim": tiny.CROSS_ATTENTION_DIM,
+        "cross_attention_dim": tiny_pipelines.CROSS_ATTENTION_DIM,
         "attention_head_dim": 4,  # the number of heads, in configs of this age: head dims 8 and 16
     }
     return UNet2DConditionModel(**{**defaults, **config})
@@ -72,7 +72,7 @@ def unet_xl(**config: Any) -> UNet2DConditionModel:
         "transformer_layers_per_block": (1, 2),
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 6 * 8 + tiny.IMAGE_EMBED_DIM,
+        "projection_class_embeddings_input_dim": 6 * 8 + tiny_pipelines.IMAGE_EMBED_DIM,
     }
     return unet(**{**defaults, **config})
 

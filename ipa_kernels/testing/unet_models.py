@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.image_processor import IPAdapterMaskProcessor
 from torch import Tensor, nn
 
-from . import tiny
+from . import tiny_pipelines
 
 BATCH = 2
 """Classifier-free guidance for one picture."""
@@ -125,10 +125,10 @@ def load(unet: Any, model: Model, adapters: int) -> None:
         return
     pooled, hidden = model.image_dims
     if adapters == 1:
-        made = [tiny.base_adapter(unet, 0, pooled, device=unet.device)]
+        made = [tiny_pipelines.base_adapter(unet, 0, pooled, device=unet.device)]
     else:
         made = [
-            tiny.plus_adapter(unet, seed, image_dim=hidden, width=model.resampler, device=unet.device)
+            tiny_pipelines.plus_adapter(unet, seed, image_dim=hidden, width=model.resampler, device=unet.device)
             for seed in range(adapters)
         ]
     unet._load_ip_adapter_weights(made)

@@ -1,0 +1,1 @@
+"""Small random models, real layer shapes: what tests, the demo and benchmarks share."""
