@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ipa_kernels.measure import interleaved, machine_facts
+from ipa_kernels.benchmarking.timing import interleaved, machine_facts
 
 from .calls import many, of_one
 

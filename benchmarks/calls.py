@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from ipa_kernels.measure import Timing
+from ipa_kernels.benchmarking.timing import Timing
 
 
 def many(call: Callable[[], object], calls: int) -> Callable[[], None]:

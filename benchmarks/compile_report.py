@@ -34,13 +34,13 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+from ipa_kernels.benchmarking.timing import machine_facts
 from ipa_kernels.kernels import launch_table, launch_table_backward
 from ipa_kernels.kernels.backward import decoupled_attention_backward_kernel
 from ipa_kernels.kernels.forward import decoupled_attention_kernel
 from ipa_kernels.kernels.launch_table import LaunchConfig
 from ipa_kernels.kernels.specialization import INTERPRETED, Variant, source, variant
 from ipa_kernels.kernels.specialization_backward import Wanted, backward_source
-from ipa_kernels.measure import machine_facts
 
 from . import backward_classes
 from .backward_classes import LONG

@@ -5,7 +5,7 @@
 Each way is a process of its own, twice in turn on caches of its own: Triton's and Inductor's. "first" is what a user waits for
 once: the first generation, with `prepare`, `graphed` or the compilation before it; "second" is the generation after that. The
 pipeline is a small one with random weights and SD-like layers: on a GPU the time is that of compilers and launches, hardly of
-arithmetic. That enabled and stock give the same picture is checked in each process (`ipa_kernels.first_image`).
+arithmetic. That enabled and stock give the same picture is checked in each process (`ipa_kernels.benchmarking.first_image`).
 """
 
 import argparse
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from ipa_kernels.first_image import WAYS, Job, in_process
-from ipa_kernels.measure import machine_facts
+from ipa_kernels.benchmarking.first_image import WAYS, Job, in_process
+from ipa_kernels.benchmarking.timing import machine_facts
 
 STEPS = 4
 

@@ -29,8 +29,8 @@ if not torch.cuda.is_available():
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from torch import Tensor
 
+from ipa_kernels.benchmarking.timing import interleaved, machine_facts
 from ipa_kernels.kernels.launch import Launch
-from ipa_kernels.measure import interleaved, machine_facts
 
 from .calls import many, of_one
 from .generation import VARIANTS, Layer, Shape

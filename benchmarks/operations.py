@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ipa_kernels.measure import peak_bytes
+from ipa_kernels.benchmarking.timing import peak_bytes
 
 # no arithmetic, no copy: what a schema does not say of itself
 _VIEWS = {"aten::_unsafe_view", "aten::detach", "aten::alias", "aten::lift_fresh", "aten::_reshape_alias"}

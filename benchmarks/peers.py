@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ipa_kernels.measure import first_line
+from ipa_kernels.benchmarking.timing import first_line
 from ipa_kernels.testing.layer_cases import Inputs
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -5,7 +5,8 @@
 The UNet is frozen, so an adapter needs the gradients of queries, image keys and image values; "all" has those of the text's
 keys and values too, as a LoRA on them does. Gradients are compared first: those of the core with float64 autograd of the
 reference, by `ipa_kernels.reference.compare`; those of the UNet's trained parameters with float64 where it fits, else with
-stock's, by `ipa_kernels.measure.gate`. What is outside its bounds is reported and not timed. Then all candidates take turns.
+stock's, by `ipa_kernels.benchmarking.timing.gate`. What is outside its bounds is reported and not timed. Then all candidates
+take turns.
 
 saved  bytes that the forward keeps for the backward, inputs and weights not counted: a fact about the code, the same on every
        machine of a kind, by `torch.autograd.graph.saved_tensors_hooks`
@@ -28,12 +29,12 @@ from torch import Tensor, nn
 
 import ipa_kernels
 from ipa_kernels import decoupled_attention, reference
-from ipa_kernels.measure import first_line, gate, interleaved, machine_facts, peak_bytes
+from ipa_kernels.benchmarking.timing import first_line, gate, interleaved, machine_facts, peak_bytes
+from ipa_kernels.benchmarking.unet_step import in_float64
 from ipa_kernels.ops.api import choose
 from ipa_kernels.ops.validation import check_arguments
 from ipa_kernels.testing.layer_cases import CASES, Case
 from ipa_kernels.testing.unet_models import MODELS, Inputs, Model, build, clone, load
-from ipa_kernels.unet_steps import in_float64
 
 from .peers import sdpa, stock_order
 

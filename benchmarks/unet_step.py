@@ -31,10 +31,10 @@ from diffusers.utils import logging
 from torch import Tensor
 
 import ipa_kernels
-from ipa_kernels import unet_steps
-from ipa_kernels.measure import first_line, gate, interleaved, machine_facts
+from ipa_kernels.benchmarking import unet_step
+from ipa_kernels.benchmarking.timing import first_line, gate, interleaved, machine_facts
+from ipa_kernels.benchmarking.unet_step import VARIANTS, compared_in_float64
 from ipa_kernels.testing.unet_models import MODELS, Inputs, Model, build, clone, load
-from ipa_kernels.unet_steps import VARIANTS, compared_in_float64
 
 MODES = {"eager": "eager", "graphed": "eager", "compiled": "compiled", "prepared": "compiled"}
 """The modes, each with the mode of the stock step that it is compared with."""
@@ -58,7 +58,7 @@ class Pipeline:
         """There are none."""
 
 
-class Candidate(unet_steps.Candidate):
+class Candidate(unet_step.Candidate):
     """One way to run a variant, in a mode."""
 
     def __init__(self, variant: str, enabled: bool, mode: str, base: Any, inputs: Inputs) -> None:

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 import ipa_kernels
-from ipa_kernels import cli, first_image, unet_steps
+from ipa_kernels import cli
+from ipa_kernels.benchmarking import first_image, unet_step
 from ipa_kernels.cli import bench as parser
 from ipa_kernels.commands import bench, step_chart
 from ipa_kernels.commands.step_table import step_table
@@ -162,7 +163,7 @@ def test_a_wrong_step_has_no_time(
         return out
 
     monkeypatch.setattr(unet_models.Inputs, "step", wrong)
-    monkeypatch.setattr(unet_steps, "interleaved", lambda *arguments: pytest.fail("timed behind a red gate"))
+    monkeypatch.setattr(unet_step, "interleaved", lambda *arguments: pytest.fail("timed behind a red gate"))
     monkeypatch.setattr(bench, "in_process", lambda *arguments: pytest.fail("started behind a red gate"))
     assert cli.main(["bench", *QUICK, "--dtype", dtype, "--json", "bench.json"]) == 1
     printed = capsys.readouterr().out

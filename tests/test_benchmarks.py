@@ -13,7 +13,8 @@ import torch
 
 import ipa_kernels
 from benchmarks import attention, figures, generation, gpu_day, host, peers, plots, sweeps, training, unet_step
-from ipa_kernels import decoupled_attention, measure, reference, replay, schedule
+from ipa_kernels import decoupled_attention, reference, schedule
+from ipa_kernels.benchmarking import device_time, timing
 from ipa_kernels.testing import unet_models
 from ipa_kernels.testing.layer_cases import CASES
 
@@ -137,7 +138,7 @@ def test_masks_and_scales_of_peers_are_those_of_the_inputs() -> None:
 def test_a_peer_on_a_gpu(name: str) -> None:
     """Whoever runs is captured and measured cold and warm; whoever does not says why."""
     device = torch.device("cuda")
-    limits = replay.ceilings(torch.float16, device, rounds=2)
+    limits = device_time.ceilings(torch.float16, device, rounds=2)
     with torch.no_grad():
         row = attention.measure(CASES["sdxl_1024_32x32_three_masked"], torch.float16, device, "triton", 3, [name], limits)
     assert row["within"], row
@@ -146,7 +147,7 @@ def test_a_peer_on_a_gpu(name: str) -> None:
         assert why_not or (entry["cold"]["median"] > 0 and entry["warm"]["median"] > 0), entry
         assert not why_not or candidate == name, entry
     assert row["ratios"]["cold"]["stock"] > 0
-    assert row["sets"] * row["bytes"] > replay.CACHE_MARGIN * (replay.cache_bytes(device) or 0)
+    assert row["sets"] * row["bytes"] > device_time.CACHE_MARGIN * (device_time.cache_bytes(device) or 0)
 
 
 def test_the_sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,16 +375,16 @@ def test_the_gates_of_a_step() -> None:
     truth = torch.randn(2, 4, 16, 16, dtype=torch.float64)
     stock, better = truth.float() + 1e-4 * torch.randn_like(truth.float()), truth.float()
     worse = truth.float() + 2e-4 * torch.randn_like(truth.float())
-    assert measure.gate(better, stock, truth)["within"]
-    assert not measure.gate(worse, stock, truth)["within"]
-    assert not measure.gate(torch.full_like(stock, float("nan")), stock, truth)["within"]
-    assert measure.gate(stock, stock.clone(), None, exact=True)["within"]
-    assert not measure.gate(better, stock, truth, exact=True)["within"]
-    assert not measure.gate(torch.full_like(stock, float("nan")), stock, None, exact=True)["within"]
+    assert timing.gate(better, stock, truth)["within"]
+    assert not timing.gate(worse, stock, truth)["within"]
+    assert not timing.gate(torch.full_like(stock, float("nan")), stock, truth)["within"]
+    assert timing.gate(stock, stock.clone(), None, exact=True)["within"]
+    assert not timing.gate(better, stock, truth, exact=True)["within"]
+    assert not timing.gate(torch.full_like(stock, float("nan")), stock, None, exact=True)["within"]
     half = stock.half()
-    assert measure.gate(half * 1.005, half, None)["within"]
-    assert not measure.gate(half * 1.1, half, None)["within"]
-    assert not measure.gate(torch.full_like(half, float("nan")), half, None)["within"]
+    assert timing.gate(half * 1.005, half, None)["within"]
+    assert not timing.gate(half * 1.1, half, None)["within"]
+    assert not timing.gate(torch.full_like(half, float("nan")), half, None)["within"]
 
 
 def numbers(text: str) -> set[str]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import attention
-from ipa_kernels import measure, replay
+from ipa_kernels.benchmarking import device_time, timing
 from ipa_kernels.testing.layer_cases import CASES, Case
 
 CPU = torch.device("cpu")
@@ -17,11 +17,11 @@ CPU = torch.device("cpu")
 def test_candidates_take_turns() -> None:
     order: list[str] = []
     calls = {name: lambda name=name: order.append(name) for name in "ab"}
-    timings = measure.interleaved(calls, CPU, rounds=3)
+    timings = timing.interleaved(calls, CPU, rounds=3)
     assert order == ["a", "b"] * 5
     assert all(timing.calls == 3 and timing.p20 <= timing.median <= timing.p80 for timing in timings.values())
     with pytest.raises(ValueError, match="rounds: expected at least 1, got 0"):
-        measure.interleaved(calls, CPU, rounds=0)
+        timing.interleaved(calls, CPU, rounds=0)
 
 
 class FakeGraph:
@@ -38,30 +38,30 @@ class FakeGraph:
 def test_replays_take_turns_and_fill_a_sample() -> None:
     log: list[tuple[str, int]] = []
     graphs = {"short": FakeGraph("short", 1e-6, 20, log), "long": FakeGraph("long", 1e-2, 17, log)}
-    timings = replay.interleaved_replays(graphs, rounds=2)
-    least = replay.LEAST_REPLAYS
-    often = math.ceil(replay.SAMPLE_SECONDS / (20 * 1e-6))
+    timings = device_time.interleaved_replays(graphs, rounds=2)
+    least = device_time.LEAST_REPLAYS
+    often = math.ceil(device_time.SAMPLE_SECONDS / (20 * 1e-6))
     assert log == [("short", least), ("long", least), *[("short", often), ("long", least)] * 2]
     assert often > least > 1
     assert timings["short"].median == 1e-6
-    assert timings["long"] == measure.Timing(1e-2, 1e-2, 1e-2, 2)
+    assert timings["long"] == timing.Timing(1e-2, 1e-2, 1e-2, 2)
     with pytest.raises(ValueError, match="rounds: expected at least 1, got 0"):
-        replay.interleaved_replays(graphs, rounds=0)
+        device_time.interleaved_replays(graphs, rounds=0)
 
 
 def test_there_is_no_device_time_without_a_gpu() -> None:
     def never() -> None:
         pytest.fail("called")
 
-    assert replay.device_times({"a": [never]}, CPU) == {"a": "device cpu: has no CUDA graphs"}
+    assert device_time.device_times({"a": [never]}, CPU) == {"a": "device cpu: has no CUDA graphs"}
 
 
 @pytest.mark.parametrize("set_bytes", [10, 999, 1000, 1001, 10**9])
 def test_a_round_of_cold_inputs_outgrows_the_cache(set_bytes: int) -> None:
-    count = replay.sets_beyond_cache(set_bytes, 1000)
+    count = device_time.sets_beyond_cache(set_bytes, 1000)
     assert count >= 2
-    assert count * set_bytes >= replay.CACHE_MARGIN * 1000
-    assert count == 2 or (count - 1) * set_bytes < replay.CACHE_MARGIN * 1000, "more sets than it takes"
+    assert count * set_bytes >= device_time.CACHE_MARGIN * 1000
+    assert count == 2 or (count - 1) * set_bytes < device_time.CACHE_MARGIN * 1000, "more sets than it takes"
 
 
 def test_cold_inputs_rotate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +70,7 @@ def test_cold_inputs_rotate(monkeypatch: pytest.MonkeyPatch) -> None:
     size = case.inputs(torch.float32).bytes
     monkeypatch.setattr(attention, "cache_bytes", lambda device: size)
     sets = attention.input_sets(case, torch.float32, CPU)
-    assert len(sets) == replay.CACHE_MARGIN
+    assert len(sets) == device_time.CACHE_MARGIN
     for name in ("query", "key", "value", "image_keys", "image_masks"):
         values = [getattr(inputs, name) for inputs in sets]
         first = [value[0] if isinstance(value, tuple) else value for value in values]
@@ -95,7 +95,7 @@ def test_the_models_of_bytes_and_operations() -> None:
 
 
 def test_ceilings_on_a_cpu_are_by_wall_time() -> None:
-    limits = replay.ceilings(torch.float32, CPU, rounds=2)
+    limits = device_time.ceilings(torch.float32, CPU, rounds=2)
     assert set(limits) == {"copy", "matmul"}
     for limit in limits.values():
         assert limit.clock == "wall"
@@ -106,9 +106,9 @@ def test_ceilings_on_a_cpu_are_by_wall_time() -> None:
 
 def test_facts_name_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert measure.machine_facts(CPU)["interpreter"]
+    assert timing.machine_facts(CPU)["interpreter"]
     monkeypatch.delenv("TRITON_INTERPRET")
-    facts = measure.machine_facts(CPU)
+    facts = timing.machine_facts(CPU)
     assert not facts["interpreter"]
     assert facts["torch"] == torch.__version__
     assert len(facts["source"]) == 16
@@ -116,9 +116,9 @@ def test_facts_name_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_an_exception_says_fits_in_a_line() -> None:
-    assert measure.first_line(ValueError("one\ntwo")) == "ValueError: one"
-    assert measure.first_line(ValueError()) == "ValueError: "
-    assert len(measure.first_line(ValueError("x" * 1000))) == 200
+    assert timing.first_line(ValueError("one\ntwo")) == "ValueError: one"
+    assert timing.first_line(ValueError()) == "ValueError: "
+    assert len(timing.first_line(ValueError("x" * 1000))) == 200
 
 
 def test_what_cannot_be_captured_says_why_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,11 +137,11 @@ def test_what_cannot_be_captured_says_why_and_the_others_are_measured(monkeypatc
     def works() -> None:
         pass
 
-    monkeypatch.setattr(replay, "Replay", capture)
+    monkeypatch.setattr(device_time, "Replay", capture)
     candidates = {"syncs": [syncs], "warm": [works] * 3, "cold": [works, syncs]}
-    found = replay.device_times(candidates, torch.device("cuda"), rounds=2)
+    found = device_time.device_times(candidates, torch.device("cuda"), rounds=2)
     assert found["syncs"] == "not captured: RuntimeError: operation not permitted when stream is capturing"
-    assert found["warm"] == found["cold"] == measure.Timing(1e-5, 1e-5, 1e-5, 2)
+    assert found["warm"] == found["cold"] == timing.Timing(1e-5, 1e-5, 1e-5, 2)
     assert kept == [False, True], "outputs of cold calls lie side by side"
 
 
@@ -180,7 +180,7 @@ def test_the_protocol_of_a_replay(keep: bool, monkeypatch: pytest.MonkeyPatch) -
     for name, stub in {**stubs, "stream": on, "graph": on, "device": on}.items():
         monkeypatch.setattr(torch.cuda, name, stub)
     calls = [lambda i=i: log.append(f"call {i}") or i for i in range(2)]
-    graph = replay.Replay([*calls, calls[0]], torch.device("cuda"), keep=keep)
+    graph = device_time.Replay([*calls, calls[0]], torch.device("cuda"), keep=keep)
     warm_up = ["on device", "side waits for current", "on side", "call 0", "call 1", "off side", "current waits for side"]
     assert log == [*warm_up, "on capture", "call 0", "call 1", "call 0", "off capture", "off device"]
     assert graph.outputs == ([0, 1, 0] if keep else [0])
@@ -193,7 +193,7 @@ def test_the_protocol_of_a_replay(keep: bool, monkeypatch: pytest.MonkeyPatch) -
 def test_a_replay_runs_every_call_on_its_inputs() -> None:
     device = torch.device("cuda")
     sets = [torch.full((1000,), float(i), device=device) for i in range(4)]
-    graph = replay.Replay([lambda tensor=tensor: tensor * 2 for tensor in sets], device, keep=True)
+    graph = device_time.Replay([lambda tensor=tensor: tensor * 2 for tensor in sets], device, keep=True)
     for tensor in sets:
         tensor.add_(10)
     assert graph.seconds(3) > 0
@@ -212,20 +212,20 @@ def test_device_times_of_what_is_known() -> None:
     def times(n: int) -> Callable[[], object]:
         return lambda: [tensor.mul(1.0) for _ in range(n)]
 
-    found = replay.device_times({"one": [times(1)] * 5, "two": [times(2)] * 5}, device, rounds=5)
+    found = device_time.device_times({"one": [times(1)] * 5, "two": [times(2)] * 5}, device, rounds=5)
     one, two = found["one"], found["two"]
-    assert isinstance(one, measure.Timing)
-    assert isinstance(two, measure.Timing)
+    assert isinstance(one, timing.Timing)
+    assert isinstance(two, timing.Timing)
     assert 1.5 < two.median / one.median < 2.5
 
 
 @pytest.mark.gpu
 def test_the_ceilings_of_a_gpu() -> None:
     device = torch.device("cuda")
-    limits = replay.ceilings(torch.float16, device, rounds=5)
+    limits = device_time.ceilings(torch.float16, device, rounds=5)
     assert {limit.clock for limit in limits.values()} == {"device"}
     assert limits["copy"].rate > 1e11
-    facts = measure.machine_facts(device)
-    assert facts["l2_bytes"] == replay.cache_bytes(device) > 0
+    facts = timing.machine_facts(device)
+    assert facts["l2_bytes"] == device_time.cache_bytes(device) > 0
     assert facts["multiprocessors"] > 0
     assert facts["memory_bytes"] > 0

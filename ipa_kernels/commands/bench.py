@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from ..first_image import Job, in_process
+from ..benchmarking.first_image import Job, in_process
+from ..benchmarking.timing import SLACK, machine_facts
+from ..benchmarking.unet_step import measure
 from ..kernels.dtypes import dtype_name
-from ..measure import SLACK, machine_facts
 from ..testing.unet_models import MODELS
-from ..unet_steps import measure
 from .errors import UserError
 from .files import check_overwriting, json_file, writable, written
 from .machine import available_device, check_switch, chosen_dtype, is_about_memory, threads

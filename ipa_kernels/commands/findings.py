@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ..benchmarking.timing import first_line
 from ..kernels.dtypes import dtype_name
-from ..measure import first_line
 from ..reference import Comparison, kept
 from .machine import is_about_memory
 

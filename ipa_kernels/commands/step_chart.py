@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..unet_steps import VARIANTS
+from ..benchmarking.unet_step import VARIANTS
 
 STYLES: dict[str, dict[str, Any]] = {
     "stock": {"color": "#d4d4d4", "edgecolor": "#555555", "hatch": "///", "label": "stock diffusers"},

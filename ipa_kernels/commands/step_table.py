@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..unet_steps import VARIANTS
+from ..benchmarking.unet_step import VARIANTS
 from .tables import table, wrapped
 
 HEAD = ["adapters", "stock", "enabled", "enabled / stock", "enabled / stock with none"]

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ..benchmarking.timing import machine_facts
 from ..kernels.dtypes import dtype_name
-from ..measure import machine_facts
 from ..ops.dispatch import allows_tf32, kernel_module, layer_reasons
 from ..testing.layer_cases import Case
 from . import named_cases

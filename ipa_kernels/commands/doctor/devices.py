@@ -5,7 +5,7 @@ from types import ModuleType
 
 import torch
 
-from ...measure import gpu_facts, output_of
+from ...benchmarking.timing import gpu_facts, output_of
 from ...ops.dispatch import architecture, layer_reasons
 from .coverage import TRIED, coverage, try_kernel
 from .diagnosis import BUG, BUILDS, Device, Diagnosis

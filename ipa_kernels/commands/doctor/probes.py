@@ -46,7 +46,7 @@ def examine() -> Diagnosis:
 
 
 def _with_torch(found: Diagnosis, torch: Any) -> None:
-    from ...measure import machine_facts
+    from ...benchmarking.timing import machine_facts
     from . import devices
 
     found.installed["torch"] = f"{torch.__version__} ({devices.build()})"

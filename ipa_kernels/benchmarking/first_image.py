@@ -1,6 +1,7 @@
 """Time to the first image: from a pipeline in memory to its latents, in a process of its own, on compiler caches of its own.
 
-`python -m ipa_kernels.first_image JOB` is that process: JOB is a `Job` as JSON, the last line that it prints is `run`'s result.
+`python -m ipa_kernels.benchmarking.first_image JOB` is that process: JOB is a `Job` as JSON, the last line that it prints is
+`run`'s result.
 """
 
 import json
@@ -15,12 +16,12 @@ from typing import Any
 
 import torch
 
-from .graphs import graphed
-from .integration import enable, explain
-from .preparation import prepare
-from .report import FallbackWarning
-from .testing import tiny_pipelines
-from .testing.unet_models import MODELS, VAE_FACTOR, build, clone, load
+from ..graphs import graphed
+from ..integration import enable, explain
+from ..preparation import prepare
+from ..report import FallbackWarning
+from ..testing import tiny_pipelines
+from ..testing.unet_models import MODELS, VAE_FACTOR, build, clone, load
 
 WAYS = ("stock", "enabled", "prepared", "graphed", "compiled")
 """compiled: `prepare`, then torch.compile of the UNet's repeated blocks."""
@@ -55,7 +56,7 @@ def in_process(job: Job, caches: Path) -> dict[str, Any]:
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
-    command = [sys.executable, "-m", "ipa_kernels.first_image", json.dumps(asdict(job))]
+    command = [sys.executable, "-m", "ipa_kernels.benchmarking.first_image", json.dumps(asdict(job))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         return {"reason": (done.stderr.strip().splitlines() or ["no word"])[-1][:200], "within": False}

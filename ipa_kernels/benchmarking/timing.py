@@ -1,7 +1,7 @@
 """The measuring core: the gate of a whole step, interleaved wall time, medians, peaks, facts about the machine. torch only.
 
 A time on its own says little, so candidates are timed in turns within one run and compared as ratios of medians. Wall time is
-what a caller waits for, launches included; `replay` measures the time of the device alone.
+what a caller waits for, launches included; `device_time` measures the time of the device alone.
 """
 
 import functools

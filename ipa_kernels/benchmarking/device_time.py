@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .measure import Timing, check_rounds, first_line, interleaved, timing
+from .timing import Timing, check_rounds, first_line, interleaved, timing
 
 SAMPLE_SECONDS = 4e-3
 """The least that lies between two CUDA events, whose resolution is half a microsecond."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .integration import enable, explain
-from .measure import first_line, gate, interleaved, peak_bytes
-from .testing.unet_models import Inputs, Model, build, clone, load
+from ..integration import enable, explain
+from ..testing.unet_models import Inputs, Model, build, clone, load
+from .timing import first_line, gate, interleaved, peak_bytes
 
 VARIANTS = {"none": (0, False), "one": (1, False), "one masked": (1, True), "three": (3, False), "three masked": (3, True)}
 """Adapters (one: base, 4 tokens; three: Plus, 16 tokens each), and whether each has a mask.
