@@ -6,7 +6,7 @@ image):
     R = G·Vᵗ    δ = Σₙ P·R    S = w·P·(R - δ)        dQ += S·K·scale    dK = Sᵗ·Q·scale    dV = (w·P)ᵗ·G    dw = δ
 
 One program owns BLOCK_M queries of one head, as in the forward, and computes the softmax anew: nothing but the inputs needs to
-be kept. dQ is summed over the branches in registers. dK and dV are sums over queries, of which a program writes its share. δ
+be kept. dQ is summed over the branches in registers. dK and dV are sums over queries; a program stores its partial sums. δ
 is written where it is asked for; whoever launches sums it to the gradients of scales and masks.
 """
 
@@ -34,7 +34,7 @@ from .primitives import (
 
 
 @triton.jit
-def _hold(
+def _probs(
     q, g, k_base, v_base, k_stride, v_stride, qk_scale,
     HEAD_DIM: tl.constexpr, LENGTH: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -54,23 +54,23 @@ def _hold(
 
 
 @triton.jit
-def _survey_tile(
-    shift, row_sum, delta, q, g, k_base, v_base, k_stride, v_stride, left, qk_scale,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ALL: tl.constexpr, PRECISION: tl.constexpr,
+def _softmax_stats_tile(
+    shift, row_sum, delta, q, g, k_base, v_base, k_stride, v_stride, remaining, qk_scale,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of the online softmax; δ is not yet divided by the sum."""
-    s = score_keys(q, k_base, k_stride, left, HEAD_DIM, WIDTH, ALL, PRECISION)
+    s = score_keys(q, k_base, k_stride, remaining, HEAD_DIM, WIDTH, FULL, PRECISION)
     new_shift = tl.maximum(shift, tl.max(s, 1) * qk_scale)
     # while all scores are -inf there is nothing to shift by, and -inf - -inf would be NaN
     finite_shift = tl.where(new_shift == float("-inf"), 0.0, new_shift)
     alpha = tl.exp2(shift - finite_shift)
     p = exp2_scaled(s, qk_scale, finite_shift)
-    r = multiply_rows(g, v_base, v_stride, left, HEAD_DIM, WIDTH, ALL, PRECISION)
+    r = multiply_rows(g, v_base, v_stride, remaining, HEAD_DIM, WIDTH, FULL, PRECISION)
     return new_shift, row_sum * alpha + tl.sum(p, 1), delta * alpha + tl.sum(p * r, 1)
 
 
 @triton.jit
-def _survey(
+def _softmax_stats(
     q, g, k_base, v_base, k_stride, v_stride, length, qk_scale,
     HEAD_DIM: tl.constexpr, REST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -80,13 +80,13 @@ def _survey(
     delta = tl.full([BLOCK_M], 0.0, tl.float32)
     blocks = length // BLOCK_N * BLOCK_N
     for begin in tl.range(0, blocks, BLOCK_N):
-        shift, row_sum, delta = _survey_tile(
+        shift, row_sum, delta = _softmax_stats_tile(
             shift, row_sum, delta, q, g, k_base + begin * k_stride.to(tl.int64), v_base + begin * v_stride.to(tl.int64),
             k_stride, v_stride, BLOCK_N, qk_scale, HEAD_DIM, BLOCK_N, True, PRECISION,
         )  # fmt: skip
     for t in tl.static_range(tile_count(REST)):
         begin = blocks + tile_begin(REST, t)
-        shift, row_sum, delta = _survey_tile(
+        shift, row_sum, delta = _softmax_stats_tile(
             shift, row_sum, delta, q, g, k_base + begin * k_stride.to(tl.int64), v_base + begin * v_stride.to(tl.int64),
             k_stride, v_stride, length - begin, qk_scale, HEAD_DIM, tile_width(REST, t), False, PRECISION,
         )  # fmt: skip
@@ -104,11 +104,11 @@ def _unit(size):
 
 
 @triton.jit
-def _store_share(
-    base, stride, exist, weights, rows, factor,
+def _store_partial(
+    base, stride, row_mask, weights, rows, factor,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """This program's share of a sum over queries, weightsᵗ·rows·factor [WIDTH, D]; weights [M, WIDTH], of the rows' type."""
+    """This program's partial sum over its queries, weightsᵗ·rows·factor [WIDTH, D]; weights [M, WIDTH], of the rows' type."""
     transposed = tl.trans(weights)
     # always so: in a region of their own these products, which contract over queries, get a layout of their own, and their
     # operands are not held in registers from one tile of keys to the next
@@ -116,33 +116,33 @@ def _store_share(
         out = ()
         for d in tl.static_range(tile_count(HEAD_DIM)):
             out = out + (tl.dot(transposed, rows[d], input_precision=PRECISION) * factor,)
-        store_rows(base, stride, exist, out, HEAD_DIM, WIDTH)
+        store_rows(base, stride, row_mask, out, HEAD_DIM, WIDTH)
 
 
 @triton.jit
-def _spread_tile(
-    dq, p, r, delta, weight, q, g, k_base, dk_base, dv_base, k_stride, share_stride, begin, left, softmax_scale,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ALL: tl.constexpr, PRECISION: tl.constexpr,
+def _grad_tile(
+    dq, p, r, delta, weight, q, g, k_base, dk_base, dv_base, k_stride, partial_stride, begin, remaining, softmax_scale,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ/scale + S·K over the tile of keys at `begin`; its shares of dK and dV are stored, unless their bases are None.
+    """dQ/scale + S·K over the tile of keys at `begin`; partial dK and dV are stored, unless their bases are None.
 
     weight [M], or None for 1.
     """
-    exist = tl.arange(0, WIDTH) < left
+    row_mask = tl.arange(0, WIDTH) < remaining
     s = p * (r - delta[:, None])
     if weight is not None:
         s = s * weight[:, None]
         p = p * weight[:, None]
-    k = load_rows(k_base + begin * k_stride.to(tl.int64), k_stride, exist, HEAD_DIM, WIDTH, ALL)
-    offset = begin * share_stride.to(tl.int64)
+    k = load_rows(k_base + begin * k_stride.to(tl.int64), k_stride, row_mask, HEAD_DIM, WIDTH, FULL)
+    offset = begin * partial_stride.to(tl.int64)
     if k_base.dtype.element_ty != tl.float16:
         s = s.to(k_base.dtype.element_ty)
         dq = weigh_rows(dq, s, k, HEAD_DIM, PRECISION)
         if dk_base is not None:
-            _store_share(dk_base + offset, share_stride, exist, s, q, softmax_scale, HEAD_DIM, WIDTH, PRECISION)
+            _store_partial(dk_base + offset, partial_stride, row_mask, s, q, softmax_scale, HEAD_DIM, WIDTH, PRECISION)
         if dv_base is not None:
             p = p.to(k_base.dtype.element_ty)
-            _store_share(dv_base + offset, share_stride, exist, p, g, 1.0, HEAD_DIM, WIDTH, PRECISION)
+            _store_partial(dv_base + offset, partial_stride, row_mask, p, g, 1.0, HEAD_DIM, WIDTH, PRECISION)
     else:
         # S is of any size, and so is a weight: what float16 holds is their ratio to the largest
         unit = tl.max(tl.abs(s), 1, keep_dims=True)
@@ -153,26 +153,26 @@ def _spread_tile(
         s = (s * (1.0 / unit)).to(tl.float16)
         dq = scale_tiles(weigh_rows(scale_tiles(dq, 1.0 / unit), s, k, HEAD_DIM, PRECISION), unit)
         if dk_base is not None:
-            _store_share(dk_base + offset, share_stride, exist, s, q, unit * softmax_scale, HEAD_DIM, WIDTH, PRECISION)
+            _store_partial(dk_base + offset, partial_stride, row_mask, s, q, unit * softmax_scale, HEAD_DIM, WIDTH, PRECISION)
         if dv_base is not None:
             if weight is None:
-                _store_share(dv_base + offset, share_stride, exist, p.to(tl.float16), g, 1.0, HEAD_DIM, WIDTH, PRECISION)
+                _store_partial(dv_base + offset, partial_stride, row_mask, p.to(tl.float16), g, 1.0, HEAD_DIM, WIDTH, PRECISION)
             else:
                 unit = _unit(tl.max(tl.abs(weight)[:, None], 0, keep_dims=True))
                 p = (p * (1.0 / unit)).to(tl.float16)
-                _store_share(dv_base + offset, share_stride, exist, p, g, unit, HEAD_DIM, WIDTH, PRECISION)
+                _store_partial(dv_base + offset, partial_stride, row_mask, p, g, unit, HEAD_DIM, WIDTH, PRECISION)
     return dq
 
 
 @triton.jit
-def _spread_held(
-    dq, p, r, delta, weight, q, g, k_base, dk_base, dv_base, k_stride, share_stride, softmax_scale,
+def _grad_whole(
+    dq, p, r, delta, weight, q, g, k_base, dk_base, dv_base, k_stride, partial_stride, softmax_scale,
     HEAD_DIM: tl.constexpr, LENGTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`_spread_tile` over a short branch."""
+    """`_grad_tile` over a short branch."""
     for t in tl.static_range(tile_count(LENGTH)):
-        dq = _spread_tile(
-            dq, p[t], r[t], delta, weight, q, g, k_base, dk_base, dv_base, k_stride, share_stride,
+        dq = _grad_tile(
+            dq, p[t], r[t], delta, weight, q, g, k_base, dk_base, dv_base, k_stride, partial_stride,
             tile_begin(LENGTH, t), tile_fill(LENGTH, t), softmax_scale,
             HEAD_DIM, tile_width(LENGTH, t), tile_is_full(LENGTH, t), PRECISION,
         )  # fmt: skip
@@ -180,39 +180,39 @@ def _spread_held(
 
 
 @triton.jit
-def _spread_again(
-    dq, shift, inverse, delta, weight, q, g, k_base, v_base, dk_base, dv_base, k_stride, v_stride, share_stride,
-    begin, left, qk_scale, softmax_scale,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ALL: tl.constexpr, PRECISION: tl.constexpr,
+def _grad_recomputed(
+    dq, shift, inverse, delta, weight, q, g, k_base, v_base, dk_base, dv_base, k_stride, v_stride, partial_stride,
+    begin, remaining, qk_scale, softmax_scale,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`_spread_tile` of a tile whose P and R are computed again; inverse: of the sum of weights."""
-    s = score_keys(q, k_base + begin * k_stride.to(tl.int64), k_stride, left, HEAD_DIM, WIDTH, ALL, PRECISION)
+    """`_grad_tile` of a tile whose P and R are computed again; inverse: of the sum of weights."""
+    s = score_keys(q, k_base + begin * k_stride.to(tl.int64), k_stride, remaining, HEAD_DIM, WIDTH, FULL, PRECISION)
     p = exp2_scaled(s, qk_scale, shift) * inverse[:, None]
-    r = multiply_rows(g, v_base + begin * v_stride.to(tl.int64), v_stride, left, HEAD_DIM, WIDTH, ALL, PRECISION)
-    return _spread_tile(
-        dq, p, r, delta, weight, q, g, k_base, dk_base, dv_base, k_stride, share_stride, begin, left, softmax_scale,
-        HEAD_DIM, WIDTH, ALL, PRECISION,
+    r = multiply_rows(g, v_base + begin * v_stride.to(tl.int64), v_stride, remaining, HEAD_DIM, WIDTH, FULL, PRECISION)
+    return _grad_tile(
+        dq, p, r, delta, weight, q, g, k_base, dk_base, dv_base, k_stride, partial_stride, begin, remaining, softmax_scale,
+        HEAD_DIM, WIDTH, FULL, PRECISION,
     )  # fmt: skip
 
 
 @triton.jit
-def _spread_looped(
-    dq, shift, row_sum, delta, weight, q, g, k_base, v_base, dk_base, dv_base, k_stride, v_stride, share_stride,
+def _grad_looped(
+    dq, shift, row_sum, delta, weight, q, g, k_base, v_base, dk_base, dv_base, k_stride, v_stride, partial_stride,
     length, qk_scale, softmax_scale,
     HEAD_DIM: tl.constexpr, REST: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`_spread_tile` over a branch of any length, in the steps of `_survey`."""
+    """`_grad_tile` over a branch of any length, in the steps of `_softmax_stats`."""
     inverse = 1.0 / row_sum
     blocks = length // BLOCK_N * BLOCK_N
     for begin in tl.range(0, blocks, BLOCK_N):
-        dq = _spread_again(
-            dq, shift, inverse, delta, weight, q, g, k_base, v_base, dk_base, dv_base, k_stride, v_stride, share_stride,
+        dq = _grad_recomputed(
+            dq, shift, inverse, delta, weight, q, g, k_base, v_base, dk_base, dv_base, k_stride, v_stride, partial_stride,
             begin, BLOCK_N, qk_scale, softmax_scale, HEAD_DIM, BLOCK_N, True, PRECISION,
         )  # fmt: skip
     for t in tl.static_range(tile_count(REST)):
         begin = blocks + tile_begin(REST, t)
-        dq = _spread_again(
-            dq, shift, inverse, delta, weight, q, g, k_base, v_base, dk_base, dv_base, k_stride, v_stride, share_stride,
+        dq = _grad_recomputed(
+            dq, shift, inverse, delta, weight, q, g, k_base, v_base, dk_base, dv_base, k_stride, v_stride, partial_stride,
             begin, length - begin, qk_scale, softmax_scale, HEAD_DIM, tile_width(REST, t), False, PRECISION,
         )  # fmt: skip
     return dq
@@ -220,31 +220,31 @@ def _spread_looped(
 
 @triton.jit
 def _text(
-    q, g, k_base, v_base, dk_base, dv_base, k_stride, v_stride, share_stride, length, qk_scale, softmax_scale,
+    q, g, k_base, v_base, dk_base, dv_base, k_stride, v_stride, partial_stride, length, qk_scale, softmax_scale,
     HEAD_DIM: tl.constexpr, LENGTH: tl.constexpr, REST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ/scale of the text; LENGTH is its number of keys where it is held whole, 0 where it is looped over."""
     dq = zero_rows(HEAD_DIM, BLOCK_M)
     if LENGTH > 0:
-        p, r, delta = _hold(q, g, k_base, v_base, k_stride, v_stride, qk_scale, HEAD_DIM, LENGTH, BLOCK_M, PRECISION)
-        return _spread_held(
-            dq, p, r, delta, None, q, g, k_base, dk_base, dv_base, k_stride, share_stride, softmax_scale,
+        p, r, delta = _probs(q, g, k_base, v_base, k_stride, v_stride, qk_scale, HEAD_DIM, LENGTH, BLOCK_M, PRECISION)
+        return _grad_whole(
+            dq, p, r, delta, None, q, g, k_base, dk_base, dv_base, k_stride, partial_stride, softmax_scale,
             HEAD_DIM, LENGTH, PRECISION,
         )  # fmt: skip
     else:
-        shift, row_sum, delta = _survey(
+        shift, row_sum, delta = _softmax_stats(
             q, g, k_base, v_base, k_stride, v_stride, length, qk_scale, HEAD_DIM, REST, BLOCK_M, BLOCK_N, PRECISION
         )
-        return _spread_looped(
-            dq, shift, row_sum, delta, None, q, g, k_base, v_base, dk_base, dv_base, k_stride, v_stride, share_stride,
+        return _grad_looped(
+            dq, shift, row_sum, delta, None, q, g, k_base, v_base, dk_base, dv_base, k_stride, v_stride, partial_stride,
             length, qk_scale, softmax_scale, HEAD_DIM, REST, BLOCK_N, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
 def _add_image(
-    dq, q, g, k_base, v_base, dk_base, dv_base, delta_base, k_stride, v_stride, share_stride, length, scale, mask, in_range,
+    dq, q, g, k_base, v_base, dk_base, dv_base, delta_base, k_stride, v_stride, partial_stride, length, scale, mask, in_range,
     qk_scale, softmax_scale,
     HEAD_DIM: tl.constexpr, LENGTH: tl.constexpr, REST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -254,20 +254,20 @@ def _add_image(
     if mask is not None:
         weight = weight * mask
     if LENGTH > 0:
-        p, r, delta = _hold(q, g, k_base, v_base, k_stride, v_stride, qk_scale, HEAD_DIM, LENGTH, BLOCK_M, PRECISION)
+        p, r, delta = _probs(q, g, k_base, v_base, k_stride, v_stride, qk_scale, HEAD_DIM, LENGTH, BLOCK_M, PRECISION)
         # a branch of scale 0 was read for the sake of δ: what it holds may not reach dQ, not even times 0
         if scale != 0.0:
-            dq = _spread_held(
-                dq, p, r, delta, weight, q, g, k_base, dk_base, dv_base, k_stride, share_stride, softmax_scale,
+            dq = _grad_whole(
+                dq, p, r, delta, weight, q, g, k_base, dk_base, dv_base, k_stride, partial_stride, softmax_scale,
                 HEAD_DIM, LENGTH, PRECISION,
             )  # fmt: skip
     else:
-        shift, row_sum, delta = _survey(
+        shift, row_sum, delta = _softmax_stats(
             q, g, k_base, v_base, k_stride, v_stride, length, qk_scale, HEAD_DIM, REST, BLOCK_M, BLOCK_N, PRECISION
         )
         if scale != 0.0:
-            dq = _spread_looped(
-                dq, shift, row_sum, delta, weight, q, g, k_base, v_base, dk_base, dv_base, k_stride, v_stride, share_stride,
+            dq = _grad_looped(
+                dq, shift, row_sum, delta, weight, q, g, k_base, v_base, dk_base, dv_base, k_stride, v_stride, partial_stride,
                 length, qk_scale, softmax_scale, HEAD_DIM, REST, BLOCK_N, PRECISION,
             )  # fmt: skip
     if delta_base is not None:
@@ -277,10 +277,10 @@ def _add_image(
 
 @triton.jit
 def _store_zeros(base, row_stride, length, HEAD_DIM: tl.constexpr):
-    """Zeros for the share of a branch that is not read."""
+    """Zeros for the partial sums of a branch that is not read."""
     for begin in tl.range(0, length, 16):
-        exist = tl.arange(0, 16) < length - begin
-        store_rows(base + begin * row_stride.to(tl.int64), row_stride, exist, zero_rows(HEAD_DIM, 16), HEAD_DIM, 16)
+        row_mask = tl.arange(0, 16) < length - begin
+        store_rows(base + begin * row_stride.to(tl.int64), row_stride, row_mask, zero_rows(HEAD_DIM, 16), HEAD_DIM, 16)
 
 
 @triton.jit
@@ -298,9 +298,9 @@ def decoupled_attention_backward_kernel(
     first = block * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
     in_range = rows < q_len - first
-    # dQ is packed [B, M, H, D], the shares of dK and dV [blocks, B, N, H, D]
+    # dQ is packed [B, M, H, D], the partial dK and dV [blocks, B, N, H, D]
     row_stride = heads * HEAD_DIM
-    share = block * tl.num_programs(1) + batch
+    partial = block * tl.num_programs(1) + batch
 
     q_base = of_head(q_ptr, q_strides, batch, head, VECTOR) + first * q_strides[2] * VECTOR
     q = load_rows(q_base, q_strides[2] * VECTOR, in_range, HEAD_DIM, BLOCK_M, False)
@@ -308,15 +308,15 @@ def decoupled_attention_backward_kernel(
     g = load_rows(g_base, g_strides[2] * VECTOR, in_range, HEAD_DIM, BLOCK_M, False)
 
     for i in tl.static_range(len(k_ptrs)):
-        share_offset = share * lengths[i] * row_stride + head * HEAD_DIM
+        partial_offset = partial * lengths[i] * row_stride + head * HEAD_DIM
         if dk_ptrs[i] is None:
             dk_base = None
         else:
-            dk_base = dk_ptrs[i] + share_offset
+            dk_base = dk_ptrs[i] + partial_offset
         if dv_ptrs[i] is None:
             dv_base = None
         else:
-            dv_base = dv_ptrs[i] + share_offset
+            dv_base = dv_ptrs[i] + partial_offset
         k_base = of_head(k_ptrs[i], k_strides[i], batch, head, VECTOR)
         v_base = of_head(v_ptrs[i], v_strides[i], batch, head, VECTOR)
         if i == 0:

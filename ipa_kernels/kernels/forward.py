@@ -66,11 +66,11 @@ def _weigh(acc, p, v_base, v_stride, HEAD_DIM: tl.constexpr, LENGTH: tl.constexp
 
 @triton.jit
 def _online_step(
-    acc, row_sum, shift, q, k_base, v_base, k_stride, v_stride, left, qk_scale,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ALL: tl.constexpr, PRECISION: tl.constexpr,
+    acc, row_sum, shift, q, k_base, v_base, k_stride, v_stride, remaining, qk_scale,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys of the online softmax."""
-    s = score_keys(q, k_base, k_stride, left, HEAD_DIM, WIDTH, ALL, PRECISION)
+    s = score_keys(q, k_base, k_stride, remaining, HEAD_DIM, WIDTH, FULL, PRECISION)
     # the shift is carried as it was rounded, so that what is summed already and what is added have the same one
     new_shift = tl.maximum(shift, tl.max(s, 1) * qk_scale)
     # while all scores are -inf there is nothing to shift by, and -inf - -inf would be NaN
@@ -78,7 +78,7 @@ def _online_step(
     alpha = tl.exp2(shift - finite_shift)
     p = exp2_scaled(s, qk_scale, finite_shift)
     row_sum = row_sum * alpha + tl.sum(p, 1)
-    acc = weigh_values(scale_rows(acc, alpha), p, v_base, v_stride, left, HEAD_DIM, WIDTH, ALL, PRECISION)
+    acc = weigh_values(scale_rows(acc, alpha), p, v_base, v_stride, remaining, HEAD_DIM, WIDTH, FULL, PRECISION)
     return acc, row_sum, new_shift
 
 
@@ -143,7 +143,7 @@ def _add_image(
             return _weigh(acc, p, v_base, v_stride, HEAD_DIM, LENGTH, PRECISION)
         else:
             # p is rounded to float16: a weight that would overflow there, or end in the subnormals, stays outside
-            unit = _outside(weight, mask)
+            unit = _unfolded_weight(weight, mask)
             factor = _factor(weight, mask, row_sum) / unit
             if mask is not None:
                 acc = scale_rows(acc, 1.0 / unit)
@@ -159,7 +159,7 @@ def _add_image(
 
 
 @triton.jit
-def _outside(weight, mask):
+def _unfolded_weight(weight, mask):
     """What of |weight · mask| is not folded into p: a number, with a mask one per row; 1 from 1/64 to 1, and for 0."""
     if mask is None:
         size = tl.abs(weight)

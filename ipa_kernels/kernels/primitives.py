@@ -1,4 +1,4 @@
-"""Named moves on tiles: cut an extent into tiles, load rows, score keys, weigh values, store rows.
+"""What the kernels do with tiles: cut an extent into tiles, load rows, score keys, weigh values, store rows.
 
 A head dim and a short branch are cut into tiles of 64, 32 and 16 (a head dim of 40 = 32 + 16, 160 = 64 + 64 + 32; 77 keys =
 64 + 16) instead of being padded to the next power of two: tensor cores multiply in steps of 16, so this is the least work
@@ -54,21 +54,21 @@ def tile_is_full(extent, index):
 
 
 @triton.jit
-def load_rows(base, row_stride, exist, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, ALL: tl.constexpr):
-    """A tuple of tiles [ROWS, D_d]; zero where a column does not exist, or a row (exist [ROWS]; not read where ALL do)."""
+def load_rows(base, row_stride, row_mask, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, FULL: tl.constexpr):
+    """A tuple of tiles [ROWS, D_d]; zero beyond HEAD_DIM, and where row_mask [ROWS] is False (not read if FULL)."""
     tiles = ()
     for d in tl.static_range(tile_count(HEAD_DIM)):
         columns = tile_begin(HEAD_DIM, d) + tl.arange(0, tile_width(HEAD_DIM, d))
         pointers = base + tl.arange(0, ROWS)[:, None] * row_stride + columns[None, :]
         if tile_is_full(HEAD_DIM, d):
-            if ALL:
+            if FULL:
                 tile = tl.load(pointers)
             else:
-                tile = tl.load(pointers, mask=exist[:, None], other=0.0)
-        elif ALL:
+                tile = tl.load(pointers, mask=row_mask[:, None], other=0.0)
+        elif FULL:
             tile = tl.load(pointers, mask=(columns < HEAD_DIM)[None, :], other=0.0)
         else:
-            tile = tl.load(pointers, mask=exist[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
+            tile = tl.load(pointers, mask=row_mask[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
         tiles = tiles + (tile,)
     return tiles
 
@@ -93,10 +93,10 @@ def store_rows(base, row_stride, in_range, tiles, HEAD_DIM: tl.constexpr, ROWS: 
 
 @triton.jit
 def multiply_rows(
-    a, base, row_stride, left, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ALL: tl.constexpr, PRECISION: tl.constexpr
+    a, base, row_stride, remaining, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """a·Bᵗ [M, WIDTH], float32, of the rows B at `base`; 0 from row `left` on, unless ALL exist."""
-    b = load_rows(base, row_stride, tl.arange(0, WIDTH) < left, HEAD_DIM, WIDTH, ALL)
+    """a·Bᵗ [M, WIDTH], float32, of the rows B at `base`; 0 from row `remaining` on, unless the tile is FULL."""
+    b = load_rows(base, row_stride, tl.arange(0, WIDTH) < remaining, HEAD_DIM, WIDTH, FULL)
     products = tl.dot(a[0], tl.trans(b[0]), input_precision=PRECISION)
     for d in tl.static_range(1, tile_count(HEAD_DIM)):
         products = tl.dot(a[d], tl.trans(b[d]), products, input_precision=PRECISION)
@@ -105,21 +105,22 @@ def multiply_rows(
 
 @triton.jit
 def score_keys(
-    q, k_base, k_stride, left, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ALL: tl.constexpr, PRECISION: tl.constexpr
+    q, k_base, k_stride, remaining, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """Scores [M, WIDTH] of the keys at `k_base`, unscaled, float32; -inf from `left` on, unless ALL exist."""
-    scores = multiply_rows(q, k_base, k_stride, left, HEAD_DIM, WIDTH, ALL, PRECISION)
-    if not ALL:
-        scores = tl.where((tl.arange(0, WIDTH) < left)[None, :], scores, float("-inf"))
+    """Scores [M, WIDTH] of the keys at `k_base`, unscaled, float32; -inf from key `remaining` on, unless the tile is FULL."""
+    scores = multiply_rows(q, k_base, k_stride, remaining, HEAD_DIM, WIDTH, FULL, PRECISION)
+    if not FULL:
+        scores = tl.where((tl.arange(0, WIDTH) < remaining)[None, :], scores, float("-inf"))
     return scores
 
 
 @triton.jit
 def weigh_values(
-    acc, p, v_base, v_stride, left, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, ALL: tl.constexpr, PRECISION: tl.constexpr
+    acc, p, v_base, v_stride, remaining,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + p·V over the values at `v_base`, as a tuple of tiles [M, D_d]; p [M, WIDTH] is rounded to the type of V."""
-    v = load_rows(v_base, v_stride, tl.arange(0, WIDTH) < left, HEAD_DIM, WIDTH, ALL)
+    v = load_rows(v_base, v_stride, tl.arange(0, WIDTH) < remaining, HEAD_DIM, WIDTH, FULL)
     return weigh_rows(acc, p.to(v_base.dtype.element_ty), v, HEAD_DIM, PRECISION)
 
 
