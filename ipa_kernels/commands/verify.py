@@ -10,7 +10,7 @@ import torch
 
 from ..benchmarking.timing import machine_facts
 from ..kernels.dtypes import dtype_name
-from ..ops.dispatch import allows_tf32, kernel_module, layer_reasons
+from ..ops.dispatch import allows_tf32, is_interpreted, layer_reasons
 from ..testing.layer_cases import Case
 from . import named_cases
 from .defaults import IMAGE_ENCODER, PROMPT, SCALE
@@ -65,7 +65,7 @@ def run(options: Options) -> int:
     cases = named_cases.chosen(options.case)
     device = available_device(options.device)
     dtypes = _dtypes(options, device)
-    interpreted = _is_interpreted()
+    interpreted = is_interpreted()
     _check_kernel(options, device, dtypes)
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
     facts = machine_facts(device)
@@ -121,7 +121,7 @@ def _pipeline(
             from .pipeline_layers import check
     except ImportError as error:
         raise UserError(f"--pipeline: {error}; what it needs: pip install 'ipa-kernels[diffusers]'") from error
-    impl = options.impl or ("triton" if _is_interpreted() else "auto")
+    impl = options.impl or ("triton" if is_interpreted() else "auto")
     options = replace(options, **{name: value for name, value in _OF_PIPELINE.items() if getattr(options, name) is None})
     runs = [check(options, dtype, device, impl, seed) for dtype in dtypes]
     return [layer for checked, _ in runs for layer in checked], [report for _, report in runs]
@@ -176,7 +176,7 @@ def _check_kernel(options: Options, device: torch.device, dtypes: Sequence[torch
         reasons = "; ".join(layer_reasons(device, dtype, _HEAD_DIM))
         if reasons and options.impl == "triton":
             raise UserError(f"--impl triton: the kernel does not run here: {reasons}")
-        if reasons and options.impl is None and _is_interpreted():
+        if reasons and options.impl is None and is_interpreted():
             raise UserError(f"--dtype {dtype_name(dtype)}: {reasons}; or --impl eager")
 
 
@@ -186,13 +186,8 @@ def _dtypes(options: Options, device: torch.device) -> list[torch.dtype]:
     if options.model is not None:
         return [torch.float32 if device.type == "cpu" else torch.float16]
     if device.type != "cuda":
-        return [torch.float32, torch.float16] if _is_interpreted() and options.impl != "eager" else [torch.float32]
+        return [torch.float32, torch.float16] if is_interpreted() and options.impl != "eager" else [torch.float32]
     dtypes = [torch.float16]
-    if not _is_interpreted() and torch.cuda.is_bf16_supported(including_emulation=False):
+    if not is_interpreted() and torch.cuda.is_bf16_supported(including_emulation=False):
         dtypes.append(torch.bfloat16)
     return [*dtypes, torch.float32] if allows_tf32(device) else dtypes
-
-
-def _is_interpreted() -> bool:
-    kernel = kernel_module()
-    return kernel is not None and kernel.INTERPRETED

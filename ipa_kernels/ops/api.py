@@ -14,7 +14,7 @@ from .dispatch import (
     call_reasons,
     describe,
     graph_reasons,
-    kernel_module,
+    launch_class,
     launch_config,
     slower_reasons,
 )
@@ -72,7 +72,7 @@ def decoupled_attention(
     """
     problem = check_arguments(query, key, value, image_keys, image_values, image_scales, image_masks, attn_mask, scale)
     chosen, _ = choose(problem, impl)
-    return record(problem, impl) if chosen == "triton" and is_traced(problem) else run(problem, chosen)
+    return traced_op(problem, impl) if chosen == "triton" and is_traced(problem) else run(problem, chosen)
 
 
 def check_impl(impl: str) -> None:
@@ -114,15 +114,15 @@ def run(problem: Problem, impl: str) -> Tensor:
     if impl != "triton":
         return eager.decoupled_attention(problem)
     if is_fake(problem.query):
-        return record(problem, "auto")
+        return traced_op(problem, "auto")
     if not needs_gradient(problem):
-        return prepare(problem)(problem.query)
+        return make_launch(problem)(problem.query)
     with torch.no_grad():
-        launch = prepare(problem)
+        launch = make_launch(problem)
     return autograd.attend(launch, problem)
 
 
-def record(problem: Problem, impl: str) -> Tensor:
+def traced_op(problem: Problem, impl: str) -> Tensor:
     """The kernel in a graph, as the op of `torch_library`; where "auto" finds its sizes to be for eager, that runs inside."""
     scales = problem.scales
     if problem.masks and not isinstance(scales, Tensor):
@@ -140,14 +140,14 @@ def record(problem: Problem, impl: str) -> Tensor:
     )
 
 
-def prepare(problem: Problem) -> "Launch":
+def make_launch(problem: Problem) -> "Launch":
     """The launch for a problem, its query aside: for a query of the same shape, dtype and device."""
     query = problem.query
     config = launch_config(query.device, query.dtype, query.shape[3], query.shape[2])
-    kernel = kernel_module()
+    launch = launch_class()
     assert config is not None, "call_reasons was empty"
-    assert kernel is not None, "call_reasons was empty"
-    return kernel.Launch(  # type: ignore[no-any-return]
+    assert launch is not None, "call_reasons was empty"
+    return launch(
         query.shape,
         problem.keys,
         problem.values,

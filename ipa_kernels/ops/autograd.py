@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from .dispatch import UnsupportedError, allows_tf32, backward_config, backward_module, transform_reasons
+from .dispatch import UnsupportedError, allows_tf32, backward_config, transform_reasons
 from .validation import Problem
 from .weights import masks_for_kernel, scales_for_kernel
 
@@ -127,10 +127,12 @@ def _launch(
     values: tuple[bool, ...],
     weights: tuple[bool, ...],
 ) -> "Gradients":
-    query, kernel = problem.query, backward_module()
+    from ..kernels.launch_backward import Wanted, backward
+
+    query = problem.query
     config = backward_config(problem)
     assert config is not None, "call_reasons was empty"
-    return kernel.backward(  # type: ignore[no-any-return]
+    return backward(
         gradient,
         query,
         problem.keys,
@@ -140,7 +142,7 @@ def _launch(
         problem.softmax_scale,
         allows_tf32(query.device),
         config,
-        kernel.Wanted(keys, values, weights),
+        Wanted(keys, values, weights),
     )
 
 

@@ -1,17 +1,18 @@
 """What the kernel does not support, and why: every reason at once, from metadata alone."""
 
 import functools
-import importlib
 import operator
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..kernels import launch_table, launch_table_backward
 from .validation import Problem, has_tangents, is_transformed, needs_gradient
+
+if TYPE_CHECKING:
+    from ..kernels.launch import Launch
 
 
 class UnsupportedError(ValueError):
@@ -34,21 +35,24 @@ _BIAS = "attn_mask: the kernel takes no bias on the text branch; leave it out if
 
 
 @functools.cache
-def _import_kernel() -> ModuleType:
-    return importlib.import_module("ipa_kernels.kernels.launch")
+def _import_launch() -> "type[Launch]":
+    from ..kernels.launch import Launch
+
+    return Launch
 
 
-def kernel_module() -> ModuleType | None:
-    """`ipa_kernels.kernels.launch`, or None where triton cannot be imported."""
+def launch_class() -> "type[Launch] | None":
+    """`ipa_kernels.kernels.launch.Launch`, or None where triton cannot be imported."""
     try:
-        return _import_kernel()
+        return _import_launch()
     except Exception:  # a triton that does not fit torch, Python or the system fails in ways of its own
         return None
 
 
-def backward_module() -> ModuleType:
-    """`ipa_kernels.kernels.launch_backward`, where `kernel_module` is not None."""
-    return importlib.import_module("ipa_kernels.kernels.launch_backward")
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    launch = launch_class()
+    return launch is not None and launch.interpreted
 
 
 @functools.cache
@@ -72,16 +76,15 @@ def allows_tf32(device: torch.device) -> bool:
 
 def launch_config(device: torch.device, dtype: torch.dtype, head_dim: int, queries: int) -> launch_table.LaunchConfig | None:
     """The launch parameters for supported inputs."""
-    kernel = kernel_module()
-    if kernel is not None and kernel.INTERPRETED:
+    if is_interpreted():
         return launch_table.INTERPRETED
     return launch_table.find(architecture(device), _BITS[dtype], head_dim, queries)
 
 
 def backward_config(problem: Problem) -> launch_table.LaunchConfig | None:
     """The launch parameters of the backward for supported inputs."""
-    query, kernel = problem.query, kernel_module()
-    if kernel is not None and kernel.INTERPRETED:
+    query = problem.query
+    if is_interpreted():
         return launch_table.INTERPRETED
     image_keys = max(problem.lengths[1:], default=0)
     return launch_table_backward.find(architecture(query.device), _BITS[query.dtype], query.shape[3], image_keys)
@@ -89,14 +92,13 @@ def backward_config(problem: Problem) -> launch_table.LaunchConfig | None:
 
 def layer_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> list[str]:
     """Why the kernel cannot run a layer, as far as that is known before there are inputs; empty where it can."""
-    kernel = kernel_module()
     reasons = []
-    if kernel is None:
+    if launch_class() is None:
         reasons.append(
             "triton: cannot be imported, so there is no kernel (ipa-kernels doctor says why); "
             "pip install 'ipa-kernels[triton]', which installs it on Linux alone"
         )
-    interpreted = kernel is not None and kernel.INTERPRETED
+    interpreted = is_interpreted()
     if device.type not in ("cpu", "cuda"):
         reasons.append(f"device {device}: the kernel runs on CUDA and ROCm GPUs; move the pipeline or the tensors to one")
     elif device.type == "cpu" and not interpreted:
@@ -116,8 +118,7 @@ def layer_reasons(device: torch.device, dtype: torch.dtype, head_dim: int) -> li
 
 def automatic_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
     """Why `impl="auto"` prefers eager to a kernel that could run: it is not meant for use, or it is slower."""
-    kernel = kernel_module()
-    if kernel is not None and kernel.INTERPRETED:
+    if is_interpreted():
         return ['Triton\'s interpreter: runs for impl="triton" only']
     if device.type == "cuda" and dtype == torch.float32 and not allows_tf32(device):
         arch = architecture(device)
@@ -130,8 +131,8 @@ def automatic_reasons(device: torch.device, dtype: torch.dtype) -> list[str]:
 
 def slower_reasons(problem: Problem) -> list[str]:
     """Why `impl="auto"` prefers eager for the shape of this call, where the kernel could run."""
-    query, kernel = problem.query, kernel_module()
-    if query.device.type != "cuda" or (kernel is not None and kernel.INTERPRETED):
+    query = problem.query
+    if query.device.type != "cuda" or is_interpreted():
         return []
     batch, heads, queries, head_dim = query.shape
     config = launch_config(query.device, query.dtype, head_dim, queries)
@@ -144,8 +145,7 @@ def slower_reasons(problem: Problem) -> list[str]:
 
 def length_reasons(device: torch.device, dtype: torch.dtype, head_dim: int, image_keys: int) -> list[str]:
     """Why the table refuses image branches of up to so many keys, where it does not refuse the head dim already."""
-    kernel = kernel_module()
-    if device.type != "cuda" or dtype not in _BITS or (kernel is not None and kernel.INTERPRETED):
+    if device.type != "cuda" or dtype not in _BITS or is_interpreted():
         return []
     arch, bits = architecture(device), _BITS[dtype]
     if launch_table.refusal(arch, bits, head_dim) is not None:
@@ -212,8 +212,7 @@ def graph_reasons(problem: Problem, impl: str) -> list[str]:
 
 def gradient_reasons(device: torch.device, dtype: torch.dtype, head_dim: int, image_keys: int) -> list[str]:
     """Why the backward kernel cannot run where the forward's can, with image branches of up to so many keys."""
-    kernel = kernel_module()
-    if device.type != "cuda" or dtype not in _BITS or (kernel is not None and kernel.INTERPRETED):
+    if device.type != "cuda" or dtype not in _BITS or is_interpreted():
         return []
     reason = launch_table_backward.refusal(architecture(device), _BITS[dtype], head_dim, image_keys)
     return [] if reason is None else [f'gradient: {reason}; use torch.no_grad() if none is needed, else impl="eager"']

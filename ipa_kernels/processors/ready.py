@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from ..conditioning import Memory, Snapshot, State, is_hooked, is_plain
-from ..ops.api import prepare, run
+from ..ops.api import make_launch, run
 from ..ops.dispatch import allows_tf32
 from ..ops.validation import Problem
 from ..session import Layer
@@ -96,7 +96,7 @@ class Ready:
         self._query = (batch, queries, heads * head_dim), problem.query.dtype, problem.query.device
         self._heads = heads
         self._problem = problem.keys, problem.values, problem.scales, problem.masks, problem.attn_mask, problem.softmax_scale
-        self._launch = prepare(problem) if impl == "triton" else None
+        self._launch = make_launch(problem) if impl == "triton" else None
 
     def takes(self, query: Tensor) -> bool:
         """Whether a query [B, M, H·D] is like the first, and nobody has written to what was found."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..conditioning import active
 from ..ops import UnsupportedError
-from ..ops.api import choose, record, run
+from ..ops.api import choose, run, traced_op
 from ..ops.dispatch import automatic_reasons, layer_reasons
 from ..session import Layer, Session, is_recorded
 from . import branches
@@ -178,7 +178,7 @@ def _record(
     layer.impl, layer.reason = chosen, "; ".join(reasons)
     if chosen == "stock":
         return None
-    return _project_out(attn, _merge(run(problem, chosen) if chosen == "eager" else record(problem, impl)))
+    return _project_out(attn, _merge(run(problem, chosen) if chosen == "eager" else traced_op(problem, impl)))
 
 
 def _cannot(layer: Layer, attn: Attention, hidden_states: Tensor, reasons: list[str]) -> str:
