@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import ipa_kernels
 from ipa_kernels import conditioning, steps, tiny
 
+from .steady import no_collection, others_set_aside
 from .zoo.adapters import FACE_DIM, HIDDEN_TOKENS, seeded, set_face_embeddings
 from .zoo.controls import CONTROLS, Control, binary
 from .zoo.generate import FRAMES, generate, target
@@ -486,6 +487,7 @@ def test_masks_are_resized_once_per_resolution(monkeypatch: pytest.MonkeyPatch) 
     assert sorted(sizes) == [16, 16, 64, 64]
 
 
+@others_set_aside()
 def test_nothing_is_left_of_a_hundred_generations() -> None:
     pipe = build("sd", ("base", "plus"))
     ipa_kernels.enable(pipe)
@@ -528,12 +530,9 @@ def test_what_is_dropped_is_freed_at_once(function: Callable[[nn.Module], object
     values = [weakref.ref(tensor) for source in sources for value in source.values.values() for tensor in value.tensors()]
     assert len(values) > 2
     del sources
-    gc.disable()
-    try:
+    with no_collection():
         function(scene.unet)
         assert not any(value() is not None for value in values)
-    finally:
-        gc.enable()
 
 
 def test_cache_false_remembers_nothing() -> None:
