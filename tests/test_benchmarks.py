@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,8 @@ import ipa_kernels
 from benchmarks import attention, figures, generation, gpu_day, host, peers, plots, sweeps, training, unet_step
 from ipa_kernels import architectures, decoupled_attention, measure, reference, replay, schedule
 from ipa_kernels.cases import CASES
+
+from .steady import NEVER
 
 CPU = torch.device("cpu")
 
@@ -463,19 +467,34 @@ def script(tmp_path: Path, name: str, body: str) -> gpu_day.Step:
     return gpu_day.Step(name, (name,), limit=20)
 
 
-def test_a_day_goes_on_after_a_failure_and_says_so(tmp_path: Path) -> None:
+class Patient(subprocess.Popen[bytes]):
+    """A process that is out of time once it says that it hangs, and not before, however busy the machine is."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        if timeout is None:
+            return super().wait()
+        while self.poll() is None:
+            if Path(f"{self.args[-1]}.hangs").exists():
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.01)
+        return self.returncode
+
+
+def test_a_day_goes_on_after_a_failure_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writes = "import json, sys; json.dump({'benchmark': 'x', 'from': __file__}, open(sys.argv[2], 'w'));"
     todo = [
         script(tmp_path, "fails", f"{writes} sys.exit(3)"),
-        gpu_day.Step("hangs", script(tmp_path, "hangs", f"{writes} import time; time.sleep(60)").arguments, limit=3),
+        replace(
+            script(tmp_path, "hangs", f"{writes} open(sys.argv[2] + '.hangs', 'w'); import time; time.sleep(600)"), limit=3
+        ),
         script(tmp_path, "cuts", "import sys; open(sys.argv[2], 'w').write('{')"),
         script(tmp_path, "works", writes),
     ]
     out = tmp_path / "out"
-    started = time.monotonic()
-    summaries = gpu_day.run(todo, out, 100, {**os.environ, "PYTHONPATH": str(tmp_path)})
-    assert time.monotonic() - started < 30, "a step outlived its limit"
+    monkeypatch.setattr(gpu_day.subprocess, "Popen", Patient)
+    summaries = gpu_day.run(todo, out, 1e9, {**os.environ, "PYTHONPATH": str(tmp_path)})
     assert [summary["result"] for summary in summaries] == ["failed", "out of time", "passed, its JSON is cut", "passed"]
+    assert [(summary["status"], summary["limit"]) for summary in summaries] == [(3, 20), (-9, 3), (0, 20), (0, 20)]
     results = json.loads((out / "results.json").read_text())
     assert set(results["documents"]) == {"fails", "hangs", "works"}, "what was written before the end is kept"
     assert json.loads((out / "summary.json").read_text())["steps"] == summaries
@@ -503,6 +522,9 @@ def test_the_steps_of_a_day() -> None:
 
 def test_a_day_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its quickest driver, as `make gpu DEVICE=cpu OUT=folder` starts it."""
+    steps = gpu_day.steps
+    monkeypatch.setattr(gpu_day, "steps", lambda device: [replace(step, limit=NEVER) for step in steps(device)])
+    monkeypatch.setitem(gpu_day.BUDGET, "cpu", 2 * NEVER)
     monkeypatch.setattr("sys.argv", ["gpu_day", "--device", "cpu", "--out", str(tmp_path), "--only", "sweep"])
     assert gpu_day.main() == 0
     names = {path.name for path in tmp_path.iterdir()}
