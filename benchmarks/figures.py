@@ -23,7 +23,7 @@ TITLES = {
     "unet_step": "UNet step",
     "first_image": "Time to the first image",
     "generation": "Once per generation",
-    "host": "On the host",
+    "host": "On the host: one hot layer, called in a loop",
     "growth": "Cost as work grows, counted without a GPU",
     "training": "Forward and backward",
 }

@@ -1,11 +1,13 @@
-"""From the call of a processor to the launch: what a cross-attention costs on the host, beside stock's.
+"""From the call of a processor to the launch: what one hot cross-attention, in a loop, costs on the host, beside stock's.
 
     python -m benchmarks.host [--device cuda] [--adapters one "three masked"] [--rounds 20] [--json FILE]
 
-The layer is tiny, so that next to nothing is computed: what is left is Python, the dispatch of operations and, on a GPU, their
-launches. Stock and enabled run on the same module in turns. "first" is a step that begins a generation, where everything is
-checked and computed; "later" one of the steps that follow. "forward" is diffusers' `Attention.forward` around a processor that
-does nothing, "projections" the call of to_q and to_out: what of "later" is neither is ours.
+In a step of a whole UNet a layer is called once, between others: the same call costs several times as much there, which is not
+measured here. The layer is tiny, so that next to nothing is computed: what is left is Python, the dispatch of operations and,
+on a GPU, their launches. Stock and enabled run on the same module in turns. In "first" everything is checked and computed, as
+in a step that begins a generation; "later" is the call again, which finds what was computed. "forward" is diffusers'
+`Attention.forward` around a processor that does nothing, "projections" the call of to_q and to_out: what of "later" is neither
+is ours.
 
 On a CPU the launch of the kernel is left out (a stub takes its arguments), and the operations that stock and enabled share are
 those of the CPU: read the ratio, not the microseconds. On a GPU nothing is left out, and no call waits for the device.

@@ -1,4 +1,4 @@
-"""What every test gets: the interpreter where there is no GPU, a device to run on, memory that is poisoned until written."""
+"""What every test gets: the interpreter where there is no GPU, a device, a seed, memory that is poisoned until written."""
 
 import os
 from collections import Counter
@@ -86,6 +86,12 @@ def mistake(capsys: pytest.CaptureFixture[str], empty_folder: None) -> Callable[
         return lines[0]
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """Every test draws from the same seed, whichever ran before it in the worker; one that wants another says so."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -288,7 +288,7 @@ def test_a_scale_of_zero_has_its_true_derivative(length: int, impl: str, device:
     found = gradients(decoupled_attention, inputs, upstream, torch.float32, wrt={"scales", "K[0]"}, impl=impl)
     torch.testing.assert_close(found["scales"].double(), truth["scales"], rtol=1e-4, atol=1e-3)
     assert torch.equal(found["K[0]"][::2], torch.zeros_like(found["K[0]"][::2]))
-    assert found["K[0]"][1].abs().min() > 0
+    assert found["K[0]"][1].abs().amax(-1).min() > 0, "of each key; one number of it may be 0 by chance"
 
 
 def test_gradcheck_of_the_eager_twin() -> None:

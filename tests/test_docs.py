@@ -3,6 +3,7 @@
 Blocks run as on a machine without a GPU, with small random models in the places of real ones: see `documentation.user`.
 """
 
+import importlib.util
 import inspect
 import re
 import xml.etree.ElementTree as ElementTree
@@ -16,7 +17,19 @@ import torch
 import ipa_kernels
 
 from .documentation.messages import GAP, messages
-from .documentation.pages import KINDS, ROOT, Block, anchors, blocks, explained, headings, links, pages, sections
+from .documentation.pages import (
+    KINDS,
+    ROOT,
+    Block,
+    anchors,
+    blocks,
+    explained,
+    first_cells,
+    headings,
+    links,
+    pages,
+    sections,
+)  # fmt: skip
 from .documentation.shell import commands
 from .documentation.user import User, same_output, without_hub_and_gpu
 
@@ -77,6 +90,26 @@ def test_every_page_is_in_the_index() -> None:
     decisions = ROOT / "docs" / "decisions"
     missing = [page for page in (ROOT / "docs").rglob("*.md") if page not in linked and decisions not in page.parents]
     assert missing == [index]
+
+
+def test_the_benchmarks_that_are_named_are_those_that_there_are() -> None:
+    """In benchmarks/README.md: every module of the folder, and of the package none that does not exist."""
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    modules = {file.stem for file in (ROOT / "benchmarks").glob("*.py")} - {"__init__"}
+    assert set(re.findall(r"\bbenchmarks\.(\w+)", text)) | set(re.findall(r"`(\w+)\.py`", text)) == modules
+    for name in re.findall(r"\bipa_kernels(?:\.\w+)+", text):
+        assert importlib.util.find_spec(name), name
+    # names that are short for those of the package
+    assert not re.search(r"^\|.*`\.\w+`", text, re.MULTILINE)
+
+
+def test_the_table_of_the_code_has_every_room_once() -> None:
+    """In docs/how-it-works.md: each file and each folder at the root of the package, and nothing else."""
+    named = [name for cell in first_cells(sections(ROOT / "docs" / "how-it-works.md")["The code"]) for name in cell]
+    package = ROOT / "ipa_kernels"
+    files = {file.name for file in package.glob("*.py")} - {"__init__.py"}
+    folders = {f"{file.parent.name}/" for file in package.glob("*/__init__.py")}
+    assert sorted(named) == sorted(files | folders)
 
 
 def test_pages_are_short() -> None:

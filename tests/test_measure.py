@@ -204,8 +204,8 @@ def test_a_replay_runs_every_call_on_its_inputs() -> None:
 
 
 @pytest.mark.gpu
-def test_device_times_of_what_is_known() -> None:
-    """Twice the work takes twice as long."""
+def test_device_times_are_of_the_work() -> None:
+    """And not of its launch alone: no GPU moves these bytes in less time, whatever else runs on it (10^14 a second)."""
     device = torch.device("cuda")
     tensor = torch.randn(2**26, device=device)
 
@@ -216,7 +216,9 @@ def test_device_times_of_what_is_known() -> None:
     one, two = found["one"], found["two"]
     assert isinstance(one, timing.Timing)
     assert isinstance(two, timing.Timing)
-    assert 1.5 < two.median / one.median < 2.5
+    bytes_moved = 2 * tensor.nbytes
+    assert one.p20 > bytes_moved / 1e14
+    assert two.p20 > 2 * bytes_moved / 1e14
 
 
 @pytest.mark.gpu
@@ -224,7 +226,7 @@ def test_the_ceilings_of_a_gpu() -> None:
     device = torch.device("cuda")
     limits = device_time.ceilings(torch.float16, device, rounds=5)
     assert {limit.clock for limit in limits.values()} == {"device"}
-    assert limits["copy"].rate > 1e11
+    assert 0 < limits["copy"].rate < 1e14
     facts = timing.machine_facts(device)
     assert facts["l2_bytes"] == device_time.cache_bytes(device) > 0
     assert facts["multiprocessors"] > 0

@@ -19,6 +19,7 @@ from ipa_kernels import graphs, preparation, scales, steps, watch
 from ipa_kernels.processors.buffers import Buffers
 from ipa_kernels.session import is_recorded
 
+from .steady import NEVER
 from .test_compiled import MASKED, PLAIN, as_stock, whole
 from .zoo.adapters import load
 from .zoo.controls import Control, binary
@@ -463,12 +464,12 @@ def test_another_thread_runs_as_ever_while_a_graph_is_recorded() -> None:
 
     def pause(*arguments: Any) -> None:
         begun.set()
-        recording.wait(20)
+        assert recording.wait(NEVER)
 
     handle = pipe.unet.conv_in.register_forward_hook(pause)
     thread = threading.Thread(target=lambda: found.append(outcome(pipe, ("base",), MASKED[0])))
     thread.start()
-    begun.wait(20)
+    assert begun.wait(NEVER)
     with state.captured():
         with state.captured():
             pass

@@ -25,6 +25,8 @@ from ip_adapter_training.metrics import Metrics
 
 from ipa_kernels.testing import tiny_pipelines
 
+from .steady import NEVER
+
 SCRIPT = Path(train_ip_adapter.__file__)
 STEPS = 200
 PROMPT = "a ball"
@@ -94,7 +96,7 @@ def launched(arguments: list[str]) -> str:
         start_new_session=True,
     )
     try:
-        printed, _ = process.communicate(timeout=120)
+        printed, _ = process.communicate(timeout=NEVER)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         printed, _ = process.communicate()
@@ -155,7 +157,7 @@ def test_a_kill_while_a_checkpoint_is_written_loses_the_unfinished_steps_alone(
 ) -> None:
     # the second checkpoint stops in the middle of its largest file, and waits there to be killed
     stop = """
-import io, sys, time, torch, train_ip_adapter
+import io, sys, torch, train_ip_adapter
 save, count = torch.save, 0
 def slow(state, file):
     global count
@@ -167,16 +169,19 @@ def slow(state, file):
     with file.open("wb") as half:
         half.write(buffer.getvalue()[: buffer.tell() // 2])
     print("in the middle", flush=True)
-    time.sleep(600)
+    sys.stdin.read()
 torch.save = slow
 train_ip_adapter.main(sys.argv[1:])
 """
     options = command(pictures, tmp_path, "--checkpoint-every", "4", "--steps", "16", "--resume")
-    process = subprocess.Popen([sys.executable, "-c", stop, *options], stdout=subprocess.PIPE, text=True, env=environment())
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", stop, *options], **pipes, text=True, env=environment())
+    assert process.stdin is not None
     assert process.stdout is not None
     assert any("in the middle" in line for line in process.stdout), "the process ended before its second checkpoint"
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+    process.stdin.close()
     process.stdout.close()
     assert [path.name for path in checkpoints.finished(tmp_path)] == ["checkpoint-00000004"]
     assert list(tmp_path.glob(".unfinished-*/state.pt")), "nothing was half written"

@@ -6,6 +6,8 @@ from types import FrameType
 
 from ipa_kernels.turn import Turn
 
+from .steady import NEVER
+
 
 def interrupted(turn: Turn) -> FrameType:
     """A step that took the turn and ended without giving it back; its frame."""
@@ -14,17 +16,25 @@ def interrupted(turn: Turn) -> FrameType:
     return frame
 
 
-def is_free(turn: Turn) -> bool:
-    """Whether another thread gets it."""
-    taken = threading.Event()
+def order(turn: Turn) -> list[str]:
+    """What happens first: this thread, which holds the turn once, gives it back, or another takes it."""
+    begun, happened = threading.Event(), []
 
     def other() -> None:
+        begun.set()
         turn.take()
-        taken.set()
+        happened.append("taken")
         turn.give()
 
-    threading.Thread(target=other, daemon=True).start()
-    return taken.wait(timeout=0.2)
+    thread = threading.Thread(target=other, daemon=True)
+    thread.start()
+    begun.wait()
+    # time for one that does not wait to be caught; one that waits never fails for want of it
+    thread.join(timeout=0.2)
+    happened.append("given")
+    turn.give()
+    thread.join(timeout=NEVER)
+    return happened
 
 
 def test_an_interrupted_step_gives_back_nothing_that_another_took() -> None:
@@ -33,9 +43,7 @@ def test_an_interrupted_step_gives_back_nothing_that_another_took() -> None:
     turn.take()
     # whoever tidies up after the step: its turn was given up when the thread came again
     turn.give(frame)
-    assert not is_free(turn)
-    turn.give()
-    assert is_free(turn)
+    assert order(turn) == ["given", "taken"]
 
 
 def test_each_frame_gives_back_its_own() -> None:
@@ -43,6 +51,4 @@ def test_each_frame_gives_back_its_own() -> None:
     turn.take(sys._getframe())
     turn.take()
     turn.give(sys._getframe())
-    assert not is_free(turn)
-    turn.give()
-    assert is_free(turn)
+    assert order(turn) == ["given", "taken"]

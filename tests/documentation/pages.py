@@ -127,6 +127,11 @@ def links(page: Path) -> list[str]:
     return [target for target in targets if not re.match(r"[a-z]+:", target)]
 
 
+def first_cells(text: str) -> list[list[str]]:
+    """What is in backticks in the first cell of each row of the tables in a text."""
+    return [re.findall(r"`([^`]+)`", line.split("|")[1]) for line in text.splitlines() if line.startswith("|")]
+
+
 def explained(page: Path) -> list[str]:
     """The messages that the tables of a page explain, a … for what differs from one to the next."""
     found, inside = [], False
