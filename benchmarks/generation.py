@@ -34,9 +34,9 @@ from torch import Tensor, nn
 import ipa_kernels
 from ipa_kernels import reference
 from ipa_kernels.benchmarking.timing import interleaved, machine_facts
-from ipa_kernels.conditioning import Memory
-from ipa_kernels.processors import unet as processors
-from ipa_kernels.session import Session
+from ipa_kernels.integration.conditioning_cache import Memory
+from ipa_kernels.integration.processors import unet as processors
+from ipa_kernels.integration.state import Session
 from ipa_kernels.testing import tiny_pipelines
 
 from .operations import count, peak_memory

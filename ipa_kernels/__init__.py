@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import reference as reference
-    from .graphs import graphed
-    from .integration import accelerated, clear_cache, disable, enable, explain
+    from .graphs.cuda_graphs import graphed
+    from .integration.api import accelerated, clear_cache, disable, enable, explain
+    from .integration.preparation import prepare
     from .ops import UnsupportedError, decoupled_attention
-    from .preparation import prepare
     from .report import FallbackWarning, GraphReport, LayerReport, Report
 
     __version__: str
 
 _HOMES = {
-    "accelerated": "integration",
-    "clear_cache": "integration",
-    "disable": "integration",
-    "enable": "integration",
-    "explain": "integration",
-    "graphed": "graphs",
-    "prepare": "preparation",
+    "accelerated": "integration.api",
+    "clear_cache": "integration.api",
+    "disable": "integration.api",
+    "enable": "integration.api",
+    "explain": "integration.api",
+    "graphed": "graphs.cuda_graphs",
+    "prepare": "integration.preparation",
     "decoupled_attention": "ops",
     "UnsupportedError": "ops",
     "LayerReport": "report",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import ipa_kernels
-from ipa_kernels import conditioning, steps
+from ipa_kernels.integration.api import conditioning_cache, steps
 from ipa_kernels.testing import tiny_pipelines
 
 from .steady import no_collection, others_set_aside
@@ -569,7 +569,7 @@ def test_a_step_that_raises_leaves_the_memory_closed() -> None:
     scene.step()
     with pytest.raises(RuntimeError, match="on purpose"):
         fail_once(scene)
-    assert conditioning.active() is None
+    assert conditioning_cache.active() is None
     scene.step()
 
 
@@ -617,7 +617,7 @@ def test_an_interrupted_step_leaves_no_memory_to_the_next() -> None:
         one_step(unet, 900, *inputs)
     handle.remove()
     ipa_kernels.enable(unet, cache=False)
-    unet.mid_block.register_forward_pre_hook(lambda *arguments: seen.append(conditioning.active()))
+    unet.mid_block.register_forward_pre_hook(lambda *arguments: seen.append(conditioning_cache.active()))
     one_step(unet, 800, *inputs)
     assert seen == [None]
     assert ipa_kernels.explain(unet).cache == (0, 0, 0)

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from ipa_kernels import cli, integration
+from ipa_kernels import cli
 from ipa_kernels.commands.doctor import devices, probes
 from ipa_kernels.commands.doctor.coverage import DTYPES, HEAD_DIMS, coverage, try_kernel
 from ipa_kernels.commands.doctor.redaction import redacted
+from ipa_kernels.integration.api import api
 from ipa_kernels.kernels import launch as kernel
 from ipa_kernels.kernels import launch_table, launch_table_backward
 from ipa_kernels.ops import dispatch
@@ -297,7 +298,7 @@ def test_versions_below_the_floors(no_gpu: None, doctor: Doctor, monkeypatch: py
 
 
 def test_the_environment(no_gpu: None, doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert integration.OFF in probes.VARIABLES
+    assert api.OFF in probes.VARIABLES
     monkeypatch.setenv("IPA_KERNELS_DISABLE", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setenv("HIP_VISIBLE_DEVICES", "GPU-5a1f")

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import ipa_kernels
-from ipa_kernels import graphs
-from ipa_kernels.processors import buffers
+from ipa_kernels.graphs.cuda_graphs import cuda_graphs
+from ipa_kernels.integration.api import static_storage
 
 from .recorder import Recorder, record
 from .test_compiled import MASKED, PLAIN, as_stock
@@ -39,15 +39,15 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
         found.append(recorder)
         return recorder.replay, outputs
 
-    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
     stand_in(monkeypatch)
     return found
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the CPU for a GPU."""
-    monkeypatch.setattr(graphs.Graphs, "takes", staticmethod(lambda device: True))
-    monkeypatch.setattr(graphs.Room, "on", lambda device: None)
+    monkeypatch.setattr(cuda_graphs.Graphs, "takes", staticmethod(lambda device: True))
+    monkeypatch.setattr(cuda_graphs.Room, "on", lambda device: None)
 
 
 def runs(recorded: list[Recorder]) -> list[int]:
@@ -172,10 +172,10 @@ def test_what_changes_is_not_replayed_as_it_was(change: Callable[[Any], None], r
 def test_prepare_refills_what_graphs_read(recorded: list[Recorder]) -> None:
     graphed, twin = pair(names=("base",))
     as_stock(graphed, twin, ("base",), Control())
-    held = ipa_kernels.watch.of(graphed.unet).buffers
+    held = ipa_kernels.integration.hooks.of(graphed.unet).buffers
     ipa_kernels.prepare(graphed, **arguments(graphed, ("base",), seed=9))
     as_stock(graphed, twin, ("base",), Control(), seed=9)
-    assert ipa_kernels.watch.of(graphed.unet).buffers is held
+    assert ipa_kernels.integration.hooks.of(graphed.unet).buffers is held
     assert len(recorded) == 1
 
 
@@ -198,7 +198,7 @@ def test_it_ends_with_disable(recorded: list[Recorder]) -> None:
     torch.save(graphed.unet, buffer)
     buffer.seek(0)
     saved = torch.load(buffer, weights_only=False)
-    assert getattr(vars(saved).get("forward"), "__func__", None) is not ipa_kernels.watch.forward
+    assert getattr(vars(saved).get("forward"), "__func__", None) is not ipa_kernels.integration.hooks.forward
     ipa_kernels.graphed(graphed)
     ipa_kernels.disable(graphed)
     assert "forward" not in vars(graphed.unet)
@@ -260,7 +260,7 @@ def test_a_failed_capture_runs_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     stand_in(monkeypatch)
-    monkeypatch.setattr(graphs, "capture", refused)
+    monkeypatch.setattr(cuda_graphs, "capture", refused)
     graphed, twin = pair(names=("base",))
     for tried in (1, 2, 3):
         for seed in (1, 2):
@@ -280,7 +280,7 @@ def test_masks_for_queries_that_do_not_follow_from_the_latents(
     kind: str, recorded: list[Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step that is refused while it runs is run again, with all that it was given."""
-    monkeypatch.setattr(buffers, "_queries", lambda unet, inputs: set())
+    monkeypatch.setattr(static_storage, "_queries", lambda unet, inputs: set())
     graphed, twin = pair(kind, ("base",))
     as_stock(graphed, twin, ("base",), MASKED[0])
     assert "none were prepared for" in ipa_kernels.explain(graphed).graphs.reason
@@ -336,7 +336,7 @@ def test_a_capture_that_cannot_be_ended_leaves_the_stream_as_it_was(monkeypatch:
         found.append((streams.device, streams.current[1]))
 
     with pytest.raises(RuntimeError, match="Invalid capture"):
-        graphs.capture(run, torch.device("cuda:1"), graphs.Room("its own", None))
+        cuda_graphs.capture(run, torch.device("cuda:1"), cuda_graphs.Room("its own", None))
     assert found == [(1, "its own")]
     assert streams.device == 0
     assert streams.current == {0: "stream of GPU 0", 1: "stream of GPU 1"}

@@ -15,7 +15,8 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 
 import ipa_kernels
-from ipa_kernels import Report, UnsupportedError, integration
+from ipa_kernels import Report, UnsupportedError
+from ipa_kernels.integration.api import api
 from ipa_kernels.kernels import launch as kernel
 from ipa_kernels.report import FallbackWarning
 
@@ -167,7 +168,7 @@ def test_demanding_the_kernel_never_falls_back_in_a_call() -> None:
 def test_a_failure_halfway_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = build("sd", ("base",))
     before = classes(pipe)
-    families = integration._families()
+    families = api._families()
     take_over = families.take_over
     calls = iter(range(100))
 
@@ -189,7 +190,7 @@ def test_a_failure_of_the_report_is_rolled_back(monkeypatch: pytest.MonkeyPatch)
 
     pipe = build("sd", ("base",))
     ipa_kernels.enable(enabled := build("sd", ("base",)), impl="eager")
-    monkeypatch.setattr(integration._families(), "layer_plan", fail)
+    monkeypatch.setattr(api._families(), "layer_plan", fail)
     for target in (pipe, enabled):
         with pytest.raises(RuntimeError, match="went away"):
             ipa_kernels.enable(target)

@@ -15,9 +15,10 @@ from peft import LoraConfig
 from torch import Tensor
 
 import ipa_kernels
-from ipa_kernels import graphs, preparation, scales, steps, watch
-from ipa_kernels.processors.buffers import Buffers
-from ipa_kernels.session import is_recorded
+from ipa_kernels.graphs.cuda_graphs import cuda_graphs
+from ipa_kernels.integration.api import hooks, preparation, scale_table, steps
+from ipa_kernels.integration.state import is_recorded
+from ipa_kernels.integration.static_storage import Buffers
 
 from .steady import NEVER
 from .test_compiled import MASKED, PLAIN, as_stock, whole
@@ -41,7 +42,7 @@ def prepare(pipe: Any, names: tuple[str, ...] = BOTH, control: Control | None = 
 
 
 def buffers(pipe: Any) -> Any:
-    return watch.of(getattr(pipe.unet, "_orig_mod", pipe.unet)).buffers
+    return hooks.of(getattr(pipe.unet, "_orig_mod", pipe.unet)).buffers
 
 
 def pair(kind: str = "sd", names: tuple[str, ...] = BOTH) -> tuple[Any, Any]:
@@ -62,17 +63,17 @@ def test_a_graph_reads_the_buffers_and_they_follow(kind: str) -> None:
     report = prepare(compiled, control=MASKED[0])
     assert report.prepared > 0
     assert report.enabled
-    graphs: list[Any] = []
+    cuda_graphs: list[Any] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: object) -> Any:
-        graphs.append(graph)
+        cuda_graphs.append(graph)
         return graph.forward
 
     whole(compiled, backend=backend)
     for seed, control in enumerate(MASKED):
         as_stock(compiled, twin, BOTH, control, seed=seed)
-    assert len(graphs) == 1
-    ops = [str(node.target) for node in graphs[0].graph.nodes]
+    assert len(cuda_graphs) == 1
+    ops = [str(node.target) for node in cuda_graphs[0].graph.nodes]
     assert not any("mask_vector" in op for op in ops), "masks are resized once per generation"
 
 
@@ -264,7 +265,7 @@ def test_two_threads_take_turns() -> None:
 def test_a_copy_and_the_end() -> None:
     pipe, _ = pair("sd", ("base",))
     prepare(pipe, ("base",))
-    assert watch.of(copy.deepcopy(pipe.unet)).buffers is None
+    assert hooks.of(copy.deepcopy(pipe.unet)).buffers is None
     ipa_kernels.disable(pipe)
     assert ipa_kernels.explain(pipe).prepared == 0
 
@@ -340,7 +341,7 @@ def test_the_scale_of_loras() -> None:
         found, expected = (step_with_loras(pipe, scale) for pipe in (compiled, twin))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     told = "cross_attention_kwargs: expected no scale of LoRAs, got 0.4; use pipe.set_adapters(name, strength)"
-    assert watch.Inputs.refusal({"cross_attention_kwargs": {"scale": 0.4}}) == told
+    assert hooks.Inputs.refusal({"cross_attention_kwargs": {"scale": 0.4}}) == told
 
 
 def test_an_attention_that_was_exchanged() -> None:
@@ -410,7 +411,7 @@ def test_disable_in_the_middle_of_a_step() -> None:
 def test_an_interrupt_while_a_step_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, _ = pair("sd", ("base",))
     prepare(pipe, ("base",))
-    state = watch.of(pipe.unet)
+    state = hooks.of(pipe.unet)
 
     def interrupt(frame: Any) -> None:
         raise KeyboardInterrupt
@@ -428,24 +429,24 @@ def test_a_copy_that_is_made_in_a_step_runs_none() -> None:
     handle = pipe.unet.mid_block.register_forward_pre_hook(lambda *arguments: copies.append(copy.deepcopy(pipe.unet)))
     generate(pipe, ("base",), steps=1)
     handle.remove()
-    state = watch.of(copies[0])
+    state = hooks.of(copies[0])
     assert (state.running, state.loose) == (0, 0)
 
 
 def test_disable_in_another_thread_as_a_step_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, twin = pair("sd", ("base",))
     ipa_kernels.graphed(pipe)
-    state = watch.of(pipe.unet)
+    state = hooks.of(pipe.unet)
     reads = [state.graphs]
 
     class Vanishing:
-        graphs = property(lambda self: reads.pop() if reads else None)
+        cuda_graphs = property(lambda self: reads.pop() if reads else None)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(state, name)
 
     sample, text, added = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 64), {"image_embeds": [torch.randn(2, 1, 32)]}
-    monkeypatch.setattr(watch, "of", lambda unet: Vanishing())
+    monkeypatch.setattr(hooks, "of", lambda unet: Vanishing())
     with torch.no_grad():
         found, expected = (each.unet(sample, 5, text, added_cond_kwargs=added).sample for each in (pipe, twin))
     assert torch.equal(found, expected)
@@ -458,7 +459,7 @@ def test_another_thread_runs_as_ever_while_a_graph_is_recorded() -> None:
         each.set_ip_adapter_scale(0.7)
     expected = generate(twin, ("base",), MASKED[0])
     ipa_kernels.enable(pipe)
-    state = watch.of(pipe.unet)
+    state = hooks.of(pipe.unet)
     begun, recording = threading.Event(), threading.Event()
     found: list[Tensor] = []
 
@@ -517,7 +518,7 @@ def test_what_graphs_read_is_written_after_all_steps_on_other_streams(monkeypatc
 
         monkeypatch.setattr(kind, name, checked)
 
-    watched(scales.Table, "follow")
+    watched(scale_table.Table, "follow")
     watched(Buffers, "_fill")
     pipe.unet.conv_out.register_forward_hook(run)
     other = Control(images=2)
@@ -554,7 +555,7 @@ def test_processors_of_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         prepare(pipe, ("base",))
     assert not ipa_kernels.explain(pipe).enabled
     ipa_kernels.graphed(pipe)
-    monkeypatch.setattr(graphs.Graphs, "takes", staticmethod(lambda device: True))
+    monkeypatch.setattr(cuda_graphs.Graphs, "takes", staticmethod(lambda device: True))
     as_stock(pipe, twin, ("base",), Control())
 
 

@@ -11,9 +11,9 @@ from diffusers.models.attention_processor import Attention, IPAdapterAttnProcess
 from torch import Tensor, nn
 
 from benchmarks import host
+from ipa_kernels.integration.processors import branches, unet
+from ipa_kernels.integration.state import Session
 from ipa_kernels.kernels.launch import Launch
-from ipa_kernels.processors import branches, unet
-from ipa_kernels.session import Session
 
 from .steady import no_collection
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ipa_kernels import scales
+from ipa_kernels.integration.api import scale_table
 
 CPU = torch.device("cpu")
 
@@ -14,7 +14,7 @@ def test_a_table_that_could_not_be_written_is_not_taken_for_current(
     fails: str, after: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Out of memory where a second adapter needs a larger table; then the same step again, or another."""
-    table = scales.Table()
+    table = scale_table.Table()
     table.follow([0.5], None, CPU)
 
     def fail(*arguments: object, **options: object) -> torch.Tensor:

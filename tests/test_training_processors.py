@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 import ipa_kernels
-from ipa_kernels.processors import unet as processors
+from ipa_kernels.integration.processors import unet as processors
 from ipa_kernels.testing import tiny_pipelines
 
 from .zoo.pipelines import build

@@ -4,7 +4,7 @@ import sys
 import threading
 from types import FrameType
 
-from ipa_kernels.turn import Turn
+from ipa_kernels.integration.step_lock import Turn
 
 from .steady import NEVER
 

@@ -16,8 +16,8 @@ import torch
 from ipa_kernels import cli
 from ipa_kernels.commands import layers, named_cases, verify
 from ipa_kernels.commands.findings import Finding, ratios
+from ipa_kernels.integration.processors import branches, unet
 from ipa_kernels.ops import eager
-from ipa_kernels.processors import branches, unet
 from ipa_kernels.reference import Comparison
 
 from .test_imports import run as run_alone

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from ..graphs import graphed
-from ..integration import enable, explain
-from ..preparation import prepare
+from ..graphs.cuda_graphs import graphed
+from ..integration.api import enable, explain
+from ..integration.preparation import prepare
 from ..report import FallbackWarning
 from ..testing import tiny_pipelines
 from ..testing.unet_models import MODELS, VAE_FACTOR, build, clone, load

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..integration import enable, explain
+from ..integration.api import enable, explain
 from ..testing.unet_models import Inputs, Model, build, clone, load
 from .timing import first_line, gate, interleaved, peak_bytes
 

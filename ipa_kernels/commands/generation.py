@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from ..integration import accelerated
+from ..integration.api import accelerated
 from ..report import Report
 from .errors import UserError, why
 from .machine import is_about_memory, memory_of

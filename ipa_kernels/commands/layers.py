@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .. import reference
-from ..integration import accelerated, explain, unet_of
+from ..integration.api import accelerated, explain, unet_of
 from ..report import LayerReport, Report
 from .findings import Checked, Finding, failure
 from .progress import progress

@@ -10,7 +10,7 @@ import diffusers
 import torch
 from PIL import Image, ImageOps
 
-from ..integration import explain
+from ..integration.api import explain
 from ..testing import tiny_pipelines
 from .adapter_files import WEIGHTS, check_encoder, check_encoder_folder, find
 from .errors import UserError, elsewhere, why

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..integration import OFF
+from ..integration.api import OFF
 from .errors import UserError, why
 
 

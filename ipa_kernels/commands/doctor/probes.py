@@ -120,7 +120,7 @@ def _check_diffusers(found: Diagnosis) -> None:
         return
     if found.installed["transformers"] is None:
         found.notes.append(f"transformers is not installed: most pipelines need it ({extra})")
-    loading = functools.partial(importlib.import_module, "ipa_kernels.watch")
+    loading = functools.partial(importlib.import_module, "ipa_kernels.integration.hooks")
     found.attempt("diffusers is installed but enable(pipe) cannot use it", f"{extra} --upgrade", loading)
 
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..report import FallbackWarning
 from . import steps
-from .conditioning import Memory
-from .report import FallbackWarning
-from .scales import Table
+from .conditioning_cache import Memory
+from .scale_table import Table
 
 _NOT_THE_USERS = {"ipa_kernels", "diffusers", "torch", "accelerate", "contextlib"}
 """What stands between a call of the user's and a layer: these packages, and what runs the start of a with-block."""

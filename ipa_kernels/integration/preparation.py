@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..report import Report
 from . import steps
-from .integration import OFF, disable, enable, execution_device, explain, unet_of, watch_module
-from .report import Report
+from .api import OFF, disable, enable, execution_device, explain, unet_of, watch_module
 
 _ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 

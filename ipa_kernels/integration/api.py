@@ -1,6 +1,6 @@
 """enable, disable, accelerated, explain, clear_cache: the switch on a diffusers pipeline or UNet.
 
-State belongs to the UNet: pipelines that share one are switched together. The UNet gets one attribute and two hooks (`watch`),
+State belongs to the UNet: pipelines that share one are switched together. The UNet gets one attribute and two hooks (`hooks`),
 each module of an IP-Adapter another class (`processors`).
 """
 
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .conditioning import Memory
-from .ops.api import UnsupportedError, check_impl
-from .report import CacheReport, LayerReport, Report
+from ..ops.api import UnsupportedError, check_impl
+from ..report import CacheReport, LayerReport, Report
+from .conditioning_cache import Memory
 
 OFF = "IPA_KERNELS_DISABLE"
 
@@ -49,11 +49,11 @@ def enable(target: Any, *, impl: str = "auto", cache: bool = True) -> Report:
         report = explain(target)
         report.note = f"{OFF}=1 in the environment: enable did nothing; unset it"
         return report
-    watch = watch_module()
-    with watch.SWITCH:
-        options = watch.Options(impl, cache)
+    hooks = watch_module()
+    with hooks.SWITCH:
+        options = hooks.Options(impl, cache)
         report = _switch_on(unet, type(target).__name__, options)
-        watch.of(unet).base = options
+        hooks.of(unet).base = options
     return report
 
 
@@ -63,9 +63,9 @@ def disable(target: Any) -> None:
     Raises TypeError for a target of a kind that is not known, ImportError without diffusers.
     """
     unet = unet_of(target)
-    watch = watch_module()
-    with watch.SWITCH:
-        found = watch.of(unet)
+    hooks = watch_module()
+    with hooks.SWITCH:
+        found = hooks.of(unet)
         if found is None:
             return
         found.detach(unet)
@@ -81,7 +81,7 @@ def accelerated(target: Any, *, impl: str = "auto", cache: bool = True) -> Itera
     Blocks may overlap, in one thread or several: the UNet stays enabled until the last one ends.
     """
     unet = unet_of(target)
-    watch = watch_module()
+    hooks = watch_module()
     if os.environ.get(OFF) == "1":
         report = enable(target, impl=impl, cache=cache)
         try:
@@ -90,26 +90,26 @@ def accelerated(target: Any, *, impl: str = "auto", cache: bool = True) -> Itera
             vars(report).update(vars(_report(unet, report.target)) | {"note": report.note})
         return
     check_impl(impl)
-    block = [watch.Options(impl, cache)]
-    with watch.SWITCH:
-        found = watch.of(unet)
+    block = [hooks.Options(impl, cache)]
+    with hooks.SWITCH:
+        found = hooks.of(unet)
         base = None if found is None else found.base
         report = _switch_on(unet, type(target).__name__, block[0])
-        watch.of(unet).blocks.append(block)
+        hooks.of(unet).blocks.append(block)
     try:
         yield report
     finally:
         try:
             vars(report).update(vars(_report(unet, report.target)))
         finally:
-            with watch.SWITCH:
+            with hooks.SWITCH:
                 _end_block(unet, block, base)
 
 
 def _end_block(unet: Any, block: Any, base: Any) -> None:
     """Bring back what an `accelerated` block found, or what another block that is still open asks for."""
-    watch = watch_module()
-    found = watch.of(unet)
+    hooks = watch_module()
+    found = hooks.of(unet)
     if found is None:
         # disabled inside the block
         if base is not None:
@@ -127,11 +127,11 @@ def _end_block(unet: Any, block: Any, base: Any) -> None:
 
 def _switch_on(unet: Any, target: str, options: Any) -> Report:
     """What `enable` and `accelerated` share; whatever is raised, the UNet is as before."""
-    watch = watch_module()
+    hooks = watch_module()
     if options.impl == "triton":
         _demand_kernel(unet)
-    found = watch.of(unet)
-    state = found or watch.Watch(unet)
+    found = hooks.of(unet)
+    state = found or hooks.Watch(unet)
     session = state.session
     before = session.impl, session.cache
     undo: list[Callable[[], None]] = []
@@ -162,13 +162,13 @@ def explain(target: Any) -> Report:
 
 def _report(unet: Any, target: str) -> Report:
     families = _families()
-    watch = watch_module()
-    state = watch.of(unet)
+    hooks = watch_module()
+    state = hooks.of(unet)
     impl = state.session.impl if state is not None else "auto"
     device, dtype = execution_device(unet), unet.dtype
     layers = []
     switch = f"unset {OFF}" if os.environ.get(OFF) == "1" else "call ipa_kernels.enable"
-    for name, attention in watch.places.adapter_layers(unet):
+    for name, attention in hooks.places.adapter_layers(unet):
         processor = attention.processor
         planned, reasons = families.layer_plan(attention, processor, impl, device, dtype)
         layer = families.layer_of(processor)
@@ -221,9 +221,9 @@ def _families() -> ModuleType:
 
 def watch_module() -> ModuleType:
     _families()
-    from . import watch
+    from . import hooks
 
-    return watch
+    return hooks
 
 
 def unet_of(target: Any) -> Any:

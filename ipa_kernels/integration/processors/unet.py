@@ -17,15 +17,15 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.unets import unet_2d_condition, unet_motion_model
 from torch import Tensor, nn
 
-from ..conditioning import active
-from ..ops import UnsupportedError
-from ..ops.api import choose, run, traced_op
-from ..ops.dispatch import automatic_reasons, layer_reasons
-from ..session import Layer, Session, is_recorded
+from ...ops import UnsupportedError
+from ...ops.api import choose, run, traced_op
+from ...ops.dispatch import automatic_reasons, layer_reasons
+from ..conditioning_cache import active
+from ..eligibility import unusual
+from ..layer import layer_of
+from ..prepared_call import find, keep, photograph
+from ..state import Layer, Session, is_recorded
 from . import branches
-from .layer import layer_of
-from .ready import find, keep, photograph
-from .unusual import unusual
 
 
 class _Fused:

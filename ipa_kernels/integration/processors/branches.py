@@ -9,11 +9,11 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from ..conditioning import State, remember
-from ..ops import UnsupportedError
-from ..ops.validation import Problem, check_arguments
-from ..session import Layer
-from .projections import pure_state
+from ...ops import UnsupportedError
+from ...ops.validation import Problem, check_arguments
+from ..conditioning_cache import State, remember
+from ..image_projection import pure_state
+from ..state import Layer
 
 
 def problem(
@@ -61,7 +61,7 @@ def graph_problem(
 ) -> Problem:
     """For a call that a compiler or a CUDA graph records, to be run with other data: scales are a tensor, none is left out.
 
-    What was prepared for the step is read from where it is refilled (`buffers`); else it is projected in the graph.
+    What was prepared for the step is read from where it is refilled (`static_storage`); else it is projected in the graph.
     """
     text, images, masks = inputs
     masks = of_adapters(masks, len(images))

@@ -1,7 +1,7 @@
 """Keys, values and mask vectors of a whole UNet in memory that never moves: what compiled and captured steps read.
 
 A graph cannot ask whether the prompt that it was given is the one that it knows. The hook that runs before each step does
-(`watch`): the buffers are filled anew when something that they were computed from has changed, and are not used where it no
+(`hooks`): the buffers are filled anew when something that they were computed from has changed, and are not used where it no
 longer fits.
 """
 
@@ -13,10 +13,11 @@ from diffusers import UNetMotionModel
 from torch import Tensor, nn
 from torch._dynamo import mark_static_address
 
-from ..conditioning import Snapshot, State, is_hooked, is_plain
-from ..session import Held, Layer
-from . import branches, projections
+from . import image_projection
+from .conditioning_cache import Snapshot, State, is_hooked, is_plain
 from .layer import layer_of
+from .processors import branches
+from .state import Held, Layer
 
 
 class Inputs(NamedTuple):
@@ -168,7 +169,7 @@ class Buffers:
         # one pre-hook is ours, and so is a forward that replays graphs
         if len(self._unet._forward_pre_hooks) > 1 or "_hf_hook" in own or "_diffusers_hook" in own:
             return "the UNet"
-        if "forward" in own and own["forward"].__module__ != "ipa_kernels.watch":
+        if "forward" in own and own["forward"].__module__ != "ipa_kernels.integration.hooks":
             return "the UNet"
         return next((name for name, module in self._places.on_the_way() if is_hooked(module)), None)
 
@@ -229,10 +230,10 @@ class Buffers:
 
     def _state_of_all(self) -> State | None:
         """Of everything that the values are computed with."""
-        modules: list[nn.Module] = list(projections.of(self._unet))
+        modules: list[nn.Module] = list(image_projection.of(self._unet))
         for attention, processor, _ in self._layers:
             modules += (attention.to_k, attention.to_v, *processor.to_k_ip, *processor.to_v_ip)
-        return projections.state_with_ours(modules)
+        return image_projection.state_with_ours(modules)
 
 
 def _layers(places: Any) -> Iterator[tuple[Any, Any, Layer]]:

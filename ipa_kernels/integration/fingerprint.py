@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .conditioning import is_hooked
+from .conditioning_cache import is_hooked
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _SKIPPED = ("_ipa_layer", "_ipa_kernels", "_parameters", "_buffers", "_modules")

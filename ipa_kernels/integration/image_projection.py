@@ -12,8 +12,8 @@ import torch
 from diffusers.models import activations, attention, attention_processor, embeddings
 from torch import Tensor, nn
 
-from ..conditioning import State, active, remember, state_of
-from ..session import Session
+from .conditioning_cache import State, active, remember, state_of
+from .state import Session
 
 # without state of their own that a call reads
 _STATELESS = {

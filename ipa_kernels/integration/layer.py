@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..session import Layer
+from .state import Layer
 
 
 def layer_of(processor: Any) -> Layer | None:

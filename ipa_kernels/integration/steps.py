@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .turn import is_running
+from .step_lock import is_running
 
 # the first parameters of every UNet's forward
 NAMES = ("sample", "timestep", "encoder_hidden_states")

@@ -11,12 +11,12 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from ..conditioning import Memory, Snapshot, State, is_hooked, is_plain
 from ..ops.api import make_launch, run
 from ..ops.dispatch import allows_tf32
 from ..ops.validation import Problem
-from ..session import Layer
-from .projections import pure_state
+from .conditioning_cache import Memory, Snapshot, State, is_hooked, is_plain
+from .image_projection import pure_state
+from .state import Layer
 
 
 class Photo:

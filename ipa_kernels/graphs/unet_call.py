@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import steps
-from .ops.dispatch import allows_tf32
+from ..integration import steps
+from ..ops.dispatch import allows_tf32
 
 
 class Call(NamedTuple):

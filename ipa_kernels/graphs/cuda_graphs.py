@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .fingerprint import Fingerprint, hooked
-from .integration import enable, explain, unet_of, watch_module
-from .ops import UnsupportedError
-from .report import GraphReport, Report
+from ..integration.api import enable, explain, unet_of, watch_module
+from ..integration.fingerprint import Fingerprint, hooked
+from ..ops import UnsupportedError
+from ..report import GraphReport, Report
 from .unet_call import Call, is_tensor
 
 GRAPHS = 8

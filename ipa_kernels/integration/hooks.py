@@ -13,13 +13,12 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo.decorators import disable
 from torch._dynamo.eval_frame import skip_code
 
-from . import places, steps
-from .ops import UnsupportedError
-from .processors import projections
+from ..ops import UnsupportedError
+from . import attention_layers, image_projection, steps
 from .processors import unet as families
-from .processors.buffers import Buffers, Inputs
-from .session import Session
-from .turn import Turn
+from .state import Session
+from .static_storage import Buffers, Inputs
+from .step_lock import Turn
 
 _STATE = "_ipa_kernels"
 
@@ -45,7 +44,7 @@ class Watch:
 
     def __init__(self, unet: nn.Module) -> None:
         self.session = Session(*Options())
-        self.places = places.Places(unet)
+        self.places = attention_layers.Places(unet)
         self.base: Options | None = None
         self.blocks: list[list[Options]] = []
         self.handles: list[Any] = []
@@ -237,13 +236,13 @@ class Watch:
         """Take over every stock module of an IP-Adapter; `undo` collects, in the order of the changes, what reverts each."""
         session = self.session
         if not self.places.are_current():
-            self.places = places.Places(unet)
-        for module in projections.of(unet):
-            if type(module) in projections.OURS:
+            self.places = attention_layers.Places(unet)
+        for module in image_projection.of(unet):
+            if type(module) in image_projection.OURS:
                 with SWITCH:
-                    if type(module) in projections.OURS and not self.is_closed:
-                        projections.take_over(module, session, undo)
-        loaded = places.is_loaded(unet)
+                    if type(module) in image_projection.OURS and not self.is_closed:
+                        image_projection.take_over(module, session, undo)
+        loaded = attention_layers.is_loaded(unet)
         for name, attention in self.places.attentions.items():
             processor = attention.processor
             if families.is_new(processor, session):
@@ -262,11 +261,11 @@ class Watch:
     def give_back(self, unet: nn.Module) -> None:
         """Undo every `take_over`, of what is installed and of what was put aside."""
         # by identity: a user's own processor need not be hashable
-        installed = {id(place.processor): place.processor for place in places.Places(unet).attentions.values()}
-        aside = {id(module): module for module in (*projections.of(unet), *self.session.taken)}
+        installed = {id(place.processor): place.processor for place in attention_layers.Places(unet).attentions.values()}
+        aside = {id(module): module for module in (*image_projection.of(unet), *self.session.taken)}
         for key, module in (installed | aside).items():
-            if type(module) in projections.STOCK:
-                projections.give_back(module)
+            if type(module) in image_projection.STOCK:
+                image_projection.give_back(module)
             # a processor that was put into another enabled UNet since belongs to that one
             elif families.session_of(module) is self.session or (key in installed and type(module) in families.STOCK):
                 families.give_back(module)
