@@ -17,7 +17,7 @@ import ipa_kernels
 from benchmarks import attention, figures, generation, gpu_day, host, peers, plots, sweeps, training, unet_step
 from ipa_kernels import decoupled_attention, reference
 from ipa_kernels.benchmarking import device_time, timing
-from ipa_kernels.integration.api import schedule
+from ipa_kernels.integration import schedule
 from ipa_kernels.testing import unet_models
 from ipa_kernels.testing.layer_cases import CASES
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import ipa_kernels
-from ipa_kernels.integration.api import conditioning_cache, steps
+from ipa_kernels.integration import conditioning_cache, steps
 from ipa_kernels.testing import tiny_pipelines
 
 from .steady import no_collection, others_set_aside

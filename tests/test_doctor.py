@@ -16,7 +16,7 @@ from ipa_kernels import cli
 from ipa_kernels.commands.doctor import devices, probes
 from ipa_kernels.commands.doctor.coverage import DTYPES, HEAD_DIMS, coverage, try_kernel
 from ipa_kernels.commands.doctor.redaction import redacted
-from ipa_kernels.integration.api import api
+from ipa_kernels.integration import api
 from ipa_kernels.kernels import launch as kernel
 from ipa_kernels.kernels import launch_table, launch_table_backward
 from ipa_kernels.ops import dispatch

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 import ipa_kernels
-from ipa_kernels.graphs.cuda_graphs import cuda_graphs
-from ipa_kernels.integration.api import static_storage
+from ipa_kernels.graphs import cuda_graphs
+from ipa_kernels.integration import static_storage
 
 from .recorder import Recorder, record
 from .test_compiled import MASKED, PLAIN, as_stock

@@ -16,7 +16,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IP
 
 import ipa_kernels
 from ipa_kernels import Report, UnsupportedError
-from ipa_kernels.integration.api import api
+from ipa_kernels.integration import api
 from ipa_kernels.kernels import launch as kernel
 from ipa_kernels.report import FallbackWarning
 

@@ -15,8 +15,8 @@ from peft import LoraConfig
 from torch import Tensor
 
 import ipa_kernels
-from ipa_kernels.graphs.cuda_graphs import cuda_graphs
-from ipa_kernels.integration.api import hooks, preparation, scale_table, steps
+from ipa_kernels.graphs import cuda_graphs
+from ipa_kernels.integration import hooks, preparation, scale_table, steps
 from ipa_kernels.integration.state import is_recorded
 from ipa_kernels.integration.static_storage import Buffers
 

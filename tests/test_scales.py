@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ipa_kernels.integration.api import scale_table
+from ipa_kernels.integration import scale_table
 
 CPU = torch.device("cpu")
 
