@@ -14,8 +14,9 @@ from PIL import Image
 import ipa_kernels
 from ipa_kernels import architectures, cli, first_image, unet_steps
 from ipa_kernels.cli import bench as parser
-from ipa_kernels.commands import bench, step_chart
-from ipa_kernels.commands.step_table import step_table
+from ipa_kernels.cli import bench_chart as step_chart
+from ipa_kernels.cli.bench_table import step_table
+from ipa_kernels.commands import bench
 
 QUICK = ("--device", "cpu", "--size", "64", "--rounds", "1")
 VARIANTS = ["one", "one masked", "three", "three masked"]
@@ -198,7 +199,7 @@ def test_a_wrong_picture_has_no_time(
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
-    monkeypatch.delitem(sys.modules, "ipa_kernels.commands.step_chart")
+    monkeypatch.delitem(sys.modules, "ipa_kernels.cli.bench_chart")
     monkeypatch.setattr(bench, "measure", lambda *arguments: document()["models"]["sd15"]["rows"])
     assert cli.main(["bench", *QUICK, "--json", "bench.json"]) == 0
     printed = capsys.readouterr().out

@@ -67,7 +67,7 @@ def test_what_is_made_is_written_before_it_is_described(
         monkeypatch.setattr(f"ipa_kernels.commands.{command}.print_outcome", broken)
         image = [] if command == "demo" else ["--image", "reference.png"]
         if image:
-            from ipa_kernels.commands.pictures import draw_reference
+            from ipa_kernels.cli.pictures import draw_reference
 
             draw_reference().save("reference.png")
         assert cli.main([command, "--steps", "2", "--device", "cpu", *image]) == 141

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import ipa_kernels
 from ipa_kernels import cli, tiny
-from ipa_kernels.commands.pictures import Panel, compose, draw_reference
+from ipa_kernels.cli.pictures import Panel, compose, draw_reference
 
 from .saved_weights import save_adapter
 
@@ -186,8 +186,8 @@ def test_what_would_compare_or_replace_the_wrong_thing(fail: Fail, monkeypatch: 
 
 def test_without_diffusers(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    for name in ("demo", "generation", "quiet"):
-        monkeypatch.delitem(sys.modules, f"ipa_kernels.commands.{name}", raising=False)
+    for name in ("commands.demo", "cli.pipeline_run", "cli.quiet"):
+        monkeypatch.delitem(sys.modules, f"ipa_kernels.{name}", raising=False)
     assert "pip install 'ipa-kernels[diffusers]'" in fail()
 
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from ipa_kernels import cli, integration
-from ipa_kernels.commands.doctor import devices, probes
-from ipa_kernels.commands.doctor.coverage import DTYPES, HEAD_DIMS, coverage, try_kernel
-from ipa_kernels.commands.doctor.redaction import redacted
+from ipa_kernels.cli import doctor_devices as devices
+from ipa_kernels.cli import doctor_probes as probes
+from ipa_kernels.cli.doctor_coverage import DTYPES, HEAD_DIMS, coverage, try_kernel
+from ipa_kernels.cli.doctor_redaction import redacted
 from ipa_kernels.kernels import launch as kernel
 from ipa_kernels.kernels import launch_table, launch_table_backward
 from ipa_kernels.ops import support
@@ -402,7 +403,7 @@ def test_with_torch_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     """Without a GPU, triton and diffusers that are missing are notes, each with what it means."""
     for package in ("triton", "diffusers", "transformers", "numpy"):
         broken(tmp_path, f"ModuleNotFoundError('no', name={package!r})", package)
-    code = f"from ipa_kernels.commands.doctor import probes; probes._version = lambda name: None; {COMMAND}"
+    code = f"from ipa_kernels.cli import doctor_probes as probes; probes._version = lambda name: None; {COMMAND}"
     monkeypatch.setattr(sys.modules[__name__], "COMMAND", code)
     status, out = in_a_process(tmp_path)
     assert status == 0, out

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ipa_kernels.commands.errors import UserError
-from ipa_kernels.commands.files import json_file, writable, written
+from ipa_kernels.cli.errors import UserError
+from ipa_kernels.cli.output_files import json_file, writable, written
 
 
 def test_a_folder_that_is_read_only_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,12 +14,12 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 from PIL import Image, ImageDraw
 
 from ipa_kernels import cli, tiny
-from ipa_kernels.commands import generation
-from ipa_kernels.commands.errors import UserError
+from ipa_kernels.cli import pipeline_run as generation
+from ipa_kernels.cli.errors import UserError
+from ipa_kernels.cli.loading import build_pipeline, place
+from ipa_kernels.cli.masks import check_layout
+from ipa_kernels.cli.pictures import Panel, compose
 from ipa_kernels.commands.generate import _memory_advice
-from ipa_kernels.commands.loading import build_pipeline, place
-from ipa_kernels.commands.pictures import Panel, compose
-from ipa_kernels.commands.regions import check_layout
 
 from .saved_weights import save_adapter
 

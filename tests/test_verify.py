@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from ipa_kernels import cli
-from ipa_kernels.commands import layers, named_cases, verify
-from ipa_kernels.commands.findings import Finding, ratios
+from ipa_kernels.cli import verify_cases as named_cases
+from ipa_kernels.cli import verify_layers as layers
+from ipa_kernels.cli.verify_results import Finding, ratios
+from ipa_kernels.commands import verify
 from ipa_kernels.ops import eager
 from ipa_kernels.processors import branches, unet
 from ipa_kernels.reference import Comparison

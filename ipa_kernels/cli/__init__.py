@@ -9,10 +9,10 @@ import sys
 from types import ModuleType
 
 from .. import __version__
-from ..commands.errors import UserError, why
-from ..commands.imports import quiet_imports
 from . import bench, demo, doctor, generate, verify
 from .arguments import USER_ERROR, Parser
+from .errors import UserError, why
+from .imports import quiet_imports
 
 INTERRUPTED, CLOSED = 130, 141
 """Exit statuses of a shell for what SIGINT and SIGPIPE end."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from ..commands.defaults import IMAGE_ENCODER
+from .defaults import IMAGE_ENCODER
 
 USER_ERROR = 2
 WEIGHT_HELP = (
@@ -35,7 +35,7 @@ def add_command(commands: Any, name: str, *, extra: str, help: str, description:
 
 
 def add_weights(command: Any) -> None:
-    """--model, --ip-adapter and what belongs to them, for one adapter; `commands.loading` reads them."""
+    """--model, --ip-adapter and what belongs to them, for one adapter; `loading` reads them."""
     weights = add_model(command)
     weights.add_argument("--ip-adapter", metavar="PATH", help="its IP-Adapter: a weight file, a folder or a hub id")
     weights.add_argument("--ip-adapter-weight", metavar="FILE", help=WEIGHT_HELP)
@@ -56,7 +56,7 @@ def add_model(command: Any) -> Any:
 
 
 def add_machine(command: Any, *, several: bool = False) -> Any:
-    """--device and --dtype, of which there may be several; `commands.machine` checks them. Returns their group."""
+    """--device and --dtype, of which there may be several; `device` checks them. Returns their group."""
     machine = command.add_argument_group("the machine")
     machine.add_argument("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
     machine.add_argument(

@@ -3,9 +3,9 @@
 import argparse
 from typing import Any
 
-from ..commands.defaults import SCALE
-from ..commands.pairing import Adapter
+from .adapter_options import Adapter
 from .arguments import WEIGHT_HELP, add_command, add_machine, add_model, finite, multiple_of_8, seed, whole_number
+from .defaults import SCALE
 
 _DESCRIPTION = """Generate one picture with IP-Adapters, accelerated: print what ran where and why and the time per step.
 --compare runs stock diffusers too, from the same seed. Without --model: a small pipeline with random weights, built in code,

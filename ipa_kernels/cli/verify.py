@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from ..commands.defaults import PROMPT, SCALE
 from .arguments import add_command, add_machine, add_weights, finite, seed
+from .defaults import PROMPT, SCALE
 
 
 def add(commands: Any) -> None:

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from ..architectures import MODELS
+from ..cli.bench_table import step_table
+from ..cli.device import available_device, check_switch, chosen_dtype, is_about_memory, threads
+from ..cli.errors import UserError
+from ..cli.output_files import check_overwriting, json_file, writable, written
+from ..cli.quiet import quiet
 from ..dtypes import dtype_name
 from ..first_image import Job, in_process
 from ..measure import SLACK, machine_facts
 from ..unet_steps import measure
-from .errors import UserError
-from .files import check_overwriting, json_file, writable, written
-from .machine import available_device, check_switch, chosen_dtype, is_about_memory, threads
-from .quiet import quiet
-from .step_table import step_table
 
 IMAGE_STEPS = 20
 
@@ -169,7 +169,7 @@ def _too_large(name: str, side: int, dtype: str, device: torch.device) -> str:
 
 def _draw(document: dict[str, Any], output: Path) -> str:
     try:
-        from .step_chart import draw
+        from ..cli.bench_chart import draw
     except ImportError as error:
         return f"no plot: {error}; what it needs: pip install 'ipa-kernels[cli]'"
     with quiet(), written("--output", output) as part:

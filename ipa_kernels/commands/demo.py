@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
+from ..cli.device import available_device, check_switch, chosen_dtype, threads
+from ..cli.errors import UserError
+from ..cli.loading import Weights, build_pipeline, check_paths, load_pipeline, read_picture
+from ..cli.output_files import check_overwriting, writable
+from ..cli.pictures import Panel, compose, draw_reference, save
+from ..cli.pipeline_run import Request, compare, enough_memory, print_outcome
+from ..cli.quiet import quiet
 from ..dtypes import dtype_name
-from .errors import UserError
-from .files import check_overwriting, writable
-from .generation import Request, compare, enough_memory, print_outcome
-from .loading import Weights, build_pipeline, check_paths, load_pipeline, read_picture
-from .machine import available_device, check_switch, chosen_dtype, threads
-from .pictures import Panel, compose, draw_reference, save
-from .quiet import quiet
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from ..dtypes import dtype_name
-from .errors import UserError
-from .files import check_overwriting, writable
-from .generation import Request, Result, accelerate, check_size, compare, enough_memory, print_outcome
-from .loading import (
+from ..cli.adapter_options import Adapter, check
+from ..cli.device import available_device, check_switch, chosen_dtype, threads
+from ..cli.errors import UserError
+from ..cli.loading import (
     TINY_ADAPTERS,
     Weights,
     build_pipeline,
@@ -20,12 +19,13 @@ from .loading import (
     place,
     read_picture,
 )
-from .machine import available_device, check_switch, chosen_dtype, threads
-from .pairing import Adapter, check
-from .pictures import save
-from .quiet import quiet
-from .record import Inputs, settings, sheet
-from .regions import check_layout, mask_tensor, read_mask
+from ..cli.masks import check_layout, mask_tensor, read_mask
+from ..cli.output_files import check_overwriting, writable
+from ..cli.picture_metadata import Inputs, settings, sheet
+from ..cli.pictures import save
+from ..cli.pipeline_run import Request, Result, accelerate, check_size, compare, enough_memory, print_outcome
+from ..cli.quiet import quiet
+from ..dtypes import dtype_name
 
 
 @dataclass(frozen=True)

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 
 from ..cases import Case
+from ..cli import verify_cases as named_cases
+from ..cli.defaults import IMAGE_ENCODER, PROMPT, SCALE
+from ..cli.device import available_device, check_switch
+from ..cli.errors import UserError
+from ..cli.imports import quiet_imports
+from ..cli.output_files import json_file, written
+from ..cli.progress import progress
+from ..cli.tables import table, wrapped
+from ..cli.verify_results import Checked, ratios
+from ..cli.verify_summary import summary
 from ..dtypes import dtype_name
 from ..measure import machine_facts
 from ..ops.support import allows_tf32, kernel_module, layer_reasons
-from . import named_cases
-from .defaults import IMAGE_ENCODER, PROMPT, SCALE
-from .errors import UserError
-from .files import json_file, written
-from .findings import Checked, ratios
-from .imports import quiet_imports
-from .machine import available_device, check_switch
-from .progress import progress
-from .tables import table, wrapped
-from .verdict import summary
 
 _HEAD_DIM = 64
 """One that the kernel has on every device that it runs on."""
@@ -118,7 +118,7 @@ def _pipeline(
 ) -> tuple[list[Checked], list[str]]:
     try:
         with quiet_imports():
-            from .pipeline_layers import check
+            from ..cli.verify_pipeline import check
     except ImportError as error:
         raise UserError(f"--pipeline: {error}; what it needs: pip install 'ipa-kernels[diffusers]'") from error
     impl = options.impl or ("triton" if _is_interpreted() else "auto")

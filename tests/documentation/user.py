@@ -19,7 +19,7 @@ from diffusers.loaders import IPAdapterMixin
 from PIL import Image
 
 from ipa_kernels import tiny
-from ipa_kernels.commands.pictures import draw_reference
+from ipa_kernels.cli.pictures import draw_reference
 
 from ..zoo.life import Life, lora
 from .pages import Block

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from .files import written
+from .output_files import written
 
 
 def draw_reference() -> Image.Image:

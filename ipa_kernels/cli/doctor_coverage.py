@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ...cases import CASES
-from ...dtypes import dtype_name
-from ...kernels.launch_table import ANY, LARGEST_HEAD_DIM
-from ...ops.decoupled_attention import decoupled_attention
-from ...ops.support import automatic_reasons, gradient_reasons, layer_reasons, length_reasons
-from ...reference import Comparison, compare
-from ...reference import decoupled_attention as oracle
+from ..cases import CASES
+from ..dtypes import dtype_name
+from ..kernels.launch_table import ANY, LARGEST_HEAD_DIM
+from ..ops.decoupled_attention import decoupled_attention
+from ..ops.support import automatic_reasons, gradient_reasons, layer_reasons, length_reasons
+from ..reference import Comparison, compare
+from ..reference import decoupled_attention as oracle
 
 HEAD_DIMS = range(8, LARGEST_HEAD_DIM + 1, 8)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

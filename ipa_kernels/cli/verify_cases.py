@@ -14,7 +14,7 @@ from ..ops import decoupled_attention
 from ..ops.arguments import check_arguments
 from ..ops.support import call_reasons
 from .errors import UserError
-from .findings import Checked, Finding, failure
+from .verify_results import Checked, Finding, failure
 
 NAMED = CASES | BY_ROW
 

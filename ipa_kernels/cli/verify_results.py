@@ -13,7 +13,7 @@ import torch
 from ..dtypes import dtype_name
 from ..measure import first_line
 from ..reference import Comparison, kept
-from .machine import is_about_memory
+from .device import is_about_memory
 
 NAMES = {"triton": "the kernel", "eager": "eager attention", "stock": "diffusers' own code"}
 

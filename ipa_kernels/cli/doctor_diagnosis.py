@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from .redaction import said
+from .doctor_redaction import said
 
 BUILDS = "https://pytorch.org/get-started/locally"
 """Where torch's builds are."""

@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 from .. import reference
 from ..integration import accelerated, explain, unet_of
 from ..report import LayerReport, Report
-from .findings import Checked, Finding, failure
 from .progress import progress
+from .verify_results import Checked, Finding, failure
 
 STEPS = 3
 """The first prepares what the others find again; and one of three largest errors may be chance (`reference.kept`)."""

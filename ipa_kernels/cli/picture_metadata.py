@@ -11,9 +11,9 @@ from PIL import Image
 from .. import __version__
 from ..dtypes import dtype_name
 from ..report import Report
-from .generation import Request, Result
-from .pairing import Adapter
+from .adapter_options import Adapter
 from .pictures import Panel, compose
+from .pipeline_run import Request, Result
 
 
 @dataclass(frozen=True)

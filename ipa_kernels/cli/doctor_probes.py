@@ -10,9 +10,9 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from types import ModuleType
 from typing import Any
 
-from ... import __version__
-from .diagnosis import BUILDS, Diagnosis
-from .redaction import redacted
+from .. import __version__
+from .doctor_diagnosis import BUILDS, Diagnosis
+from .doctor_redaction import redacted
 
 PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "peft", "xformers", "numpy")
 
@@ -46,8 +46,8 @@ def examine() -> Diagnosis:
 
 
 def _with_torch(found: Diagnosis, torch: Any) -> None:
-    from ...measure import machine_facts
-    from . import devices
+    from ..measure import machine_facts
+    from . import doctor_devices as devices
 
     found.installed["torch"] = f"{torch.__version__} ({devices.build()})"
     facts = machine_facts(torch.device("cpu"))

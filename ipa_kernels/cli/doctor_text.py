@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from ...kernels.launch_table import LARGEST_HEAD_DIM, LONG_KEYS
-from ...kernels.launch_table_backward import listed
-from .diagnosis import Device, Diagnosis
+from ..kernels.launch_table import LARGEST_HEAD_DIM, LONG_KEYS
+from ..kernels.launch_table_backward import listed
+from .doctor_diagnosis import Device, Diagnosis
 
 _MODELS = "head dims of UNets: 40, 80 and 160 in Stable Diffusion 1.5; 64 in Stable Diffusion 2.1, SDXL and Kolors"
 _LONG = f"calls of more than {LONG_KEYS} keys run eager where SDPA is estimated to be faster: explain(pipe) says so"

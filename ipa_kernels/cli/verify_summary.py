@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ..dtypes import dtype_name
-from .findings import NAMES, Checked
+from .verify_results import NAMES, Checked
 
 _SHOWN = 8
 """Of what speaks against: more is in the file of --json."""

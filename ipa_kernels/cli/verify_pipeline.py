@@ -8,11 +8,11 @@ import torch
 from ..dtypes import dtype_name
 from ..ops import UnsupportedError
 from .errors import UserError, why
-from .findings import Checked
-from .layers import watch
 from .loading import Weights, build_pipeline, check_paths, load_pipeline, read_picture
 from .pictures import draw_reference
 from .quiet import quiet
+from .verify_layers import watch
+from .verify_results import Checked
 
 
 def check(options: Any, dtype: torch.dtype, device: torch.device, impl: str, seed: int) -> tuple[list[Checked], str]:

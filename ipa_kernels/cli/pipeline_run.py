@@ -14,8 +14,8 @@ from PIL import Image
 
 from ..integration import accelerated
 from ..report import Report
+from .device import is_about_memory, memory_of
 from .errors import UserError, why
-from .machine import is_about_memory, memory_of
 from .pictures import largest_difference
 
 

@@ -9,8 +9,8 @@ import json
 import sys
 from dataclasses import dataclass
 
-from .probes import examine
-from .text import text
+from ..cli.doctor_probes import examine
+from ..cli.doctor_text import text
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from types import ModuleType
 
 import torch
 
-from ...measure import gpu_facts, output_of
-from ...ops.support import architecture, layer_reasons
-from .coverage import TRIED, coverage, try_kernel
-from .diagnosis import BUG, BUILDS, Device, Diagnosis
+from ..measure import gpu_facts, output_of
+from ..ops.support import architecture, layer_reasons
+from .doctor_coverage import TRIED, coverage, try_kernel
+from .doctor_diagnosis import BUG, BUILDS, Device, Diagnosis
 
 _DRIVER = f"update the GPU's driver, or install a torch for an older CUDA: {BUILDS}"
 _COMPILER = f"Triton needs a C compiler (gcc) and Python's headers (python3-dev) to launch; where both are there, {BUG}"
