@@ -13,10 +13,10 @@ from PIL import Image
 
 import ipa_kernels
 from ipa_kernels import architectures, cli, first_image, unet_steps
-from ipa_kernels.cli import bench as parser
-from ipa_kernels.cli import bench_chart as step_chart
+from ipa_kernels.cli import bench, bench_chart
 from ipa_kernels.cli.bench_table import step_table
-from ipa_kernels.commands import bench
+from ipa_kernels.cli.device import is_about_memory
+from ipa_kernels.first_image import in_process
 
 QUICK = ("--device", "cpu", "--size", "64", "--rounds", "1")
 VARIANTS = ["one", "one masked", "three", "three masked"]
@@ -37,7 +37,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[first_image.Job]:
         found.append(job)
         return {"first": 2.25, "second": 1.125, "distance": 0.0, "within": True, "layers": {}}
 
-    monkeypatch.setattr(bench, "in_process", in_process)
+    monkeypatch.setattr(first_image, "in_process", in_process)
     return found
 
 
@@ -163,7 +163,7 @@ def test_a_wrong_step_has_no_time(
 
     monkeypatch.setattr(architectures.Inputs, "step", wrong)
     monkeypatch.setattr(unet_steps, "interleaved", lambda *arguments: pytest.fail("timed behind a red gate"))
-    monkeypatch.setattr(bench, "in_process", lambda *arguments: pytest.fail("started behind a red gate"))
+    monkeypatch.setattr(first_image, "in_process", lambda *arguments: pytest.fail("started behind a red gate"))
     assert cli.main(["bench", *QUICK, "--dtype", dtype, "--json", "bench.json"]) == 1
     printed = capsys.readouterr().out
     assert re.search(expected, printed, re.MULTILINE)
@@ -182,13 +182,13 @@ def test_a_wrong_step_has_no_time(
 def test_a_wrong_picture_has_no_time(
     result: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good = bench.in_process
+    good = first_image.in_process
     monkeypatch.setattr(
-        bench,
+        first_image,
         "in_process",
         lambda job, caches: {**result, "within": False} if job.way == "enabled" else good(job, caches),
     )
-    monkeypatch.setattr(bench, "measure", lambda *arguments: document()["models"]["sd15"]["rows"])
+    monkeypatch.setattr(unet_steps, "measure", lambda *arguments: document()["models"]["sd15"]["rows"])
     assert cli.main(["bench", *QUICK]) == 1
     printed = capsys.readouterr().out
     assert expected in printed
@@ -200,7 +200,7 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     monkeypatch.delitem(sys.modules, "ipa_kernels.cli.bench_chart")
-    monkeypatch.setattr(bench, "measure", lambda *arguments: document()["models"]["sd15"]["rows"])
+    monkeypatch.setattr(unet_steps, "measure", lambda *arguments: document()["models"]["sd15"]["rows"])
     assert cli.main(["bench", *QUICK, "--json", "bench.json"]) == 0
     printed = capsys.readouterr().out
     assert "three masked  17.00 (16.90 to 17.30)  18.00 (17.90 to 18.30)" in printed
@@ -215,7 +215,7 @@ def test_a_full_disk_leaves_what_was_there(fail: Fail, monkeypatch: pytest.Monke
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bench, "measure", lambda *arguments: document()["models"]["sd15"]["rows"])
+    monkeypatch.setattr(unet_steps, "measure", lambda *arguments: document()["models"]["sd15"]["rows"])
     for name in ("bench.json", "bench.png"):
         Path(name).write_bytes(b"old")
     with monkeypatch.context() as patch:
@@ -253,13 +253,13 @@ def test_the_table() -> None:
 @pytest.mark.parametrize("kernel", [True, False])
 def test_the_plot_shows_the_numbers(kernel: bool) -> None:
     made = document(kernel)
-    figure = step_chart.draw(made)
+    figure = bench_chart.draw(made)
     left, right = figure.axes
-    bars = {round(bar.get_x() + step_chart.WIDTH / 2, 3): bar.get_height() for bar in left.patches}
+    bars = {round(bar.get_x() + bench_chart.WIDTH / 2, 3): bar.get_height() for bar in left.patches}
     assert bars == pytest.approx({0: 10, 0.8: 11, 1.2: 12, 1.8: 13, 2.2: 14, 2.8: 15, 3.2: 16, 3.8: 17, 4.2: 18})
     texts = {text.get_text() for text in left.texts}
     assert texts == {f"{ms}.0" for ms in range(10, 19)}
-    (yardstick,) = [line for line in left.lines if line.get_label() == step_chart.YARDSTICK]
+    (yardstick,) = [line for line in left.lines if line.get_label() == bench_chart.YARDSTICK]
     assert list(yardstick.get_ydata()) == [10, 10]
     assert [bar.get_height() for bar in right.patches] == [4.5, 3.5, 1.5, 5.5, 4.5, 1.25]
     assert left.get_title().endswith("one step" if kernel else "(the kernel did not run)")
@@ -267,7 +267,7 @@ def test_the_plot_shows_the_numbers(kernel: bool) -> None:
     caption = figure.get_supxlabel()
     assert all(part in caption for part in ("a GPU, float16", "torch 1.0", "code aaaaaaaaaaaa."))
     assert ("the kernel did not run here" in caption) == (not kernel)
-    stock, enabled = (step_chart.STYLES[state]["color"] for state in ("stock", "enabled"))
+    stock, enabled = (bench_chart.STYLES[state]["color"] for state in ("stock", "enabled"))
     light, dark = (Image.new("RGB", (1, 1), color).convert("L").getpixel((0, 0)) for color in (stock, enabled))
     assert light - dark > 64, "they differ in grey"
 
@@ -276,7 +276,7 @@ def test_nothing_overlaps() -> None:
     """Numbers, ticks, titles and the legend of the largest plot, as they are drawn."""
     made = document()
     made["models"]["sdxl"] = made["models"]["sd15"]
-    figure = step_chart.draw(made)
+    figure = bench_chart.draw(made)
     figure.draw_without_rendering()
     texts = [*figure.legends[0].get_texts(), figure.legends[0].get_title(), figure._supxlabel]
     for axis in figure.axes:
@@ -327,7 +327,7 @@ def test_the_first_image(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_first_image_in_a_process(tmp_path: Path) -> None:
     job = first_image.Job("stock", "tiny", 1, "float32", "cpu", 64)
-    found = first_image.in_process(job, tmp_path)
+    found = in_process(job, tmp_path)
     assert set(found) == {"first", "second", "distance", "within", "layers"}
     assert found["within"]
 
@@ -340,10 +340,10 @@ def test_a_unet_that_does_not_fit(fail: Fail, monkeypatch: pytest.MonkeyPatch, c
             raise full
         return document()["models"]["sd15"]["rows"]
 
-    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(unet_steps, "measure", measure)
     line = fail(*QUICK, "--unet", "sdxl")
     assert "not enough memory on cpu for the sdxl UNet at 64x64 in float32: a smaller --size or --unet sd15 needs less" in line
-    assert bench.is_about_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert is_about_memory(torch.OutOfMemoryError("CUDA out of memory."))
     monkeypatch.setattr(bench, "_draw", lambda *arguments: "")
     assert cli.main(["bench", *QUICK, "--unet", "sdxl", "sd15"]) == 0
     printed = capsys.readouterr().out
@@ -375,4 +375,4 @@ def test_the_parser_knows_the_architectures(capsys: pytest.CaptureFixture[str]) 
         cli.main(["bench", "--help"])
     assert stop.value.code == 0
     assert "sd15, sdxl, tiny, one or several" in capsys.readouterr().out
-    assert sorted(parser.UNETS) == sorted(architectures.MODELS)
+    assert sorted(bench.UNETS) == sorted(architectures.MODELS)

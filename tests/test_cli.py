@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ipa_kernels import cli
-from ipa_kernels.commands import verify
+from ipa_kernels.cli import verify
 
 
 def ending(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
@@ -64,7 +64,7 @@ def test_what_is_made_is_written_before_it_is_described(
         raise BrokenPipeError
 
     for command, made in (("demo", ["demo.png"]), ("generate", ["generated.png"])):
-        monkeypatch.setattr(f"ipa_kernels.commands.{command}.print_outcome", broken)
+        monkeypatch.setattr("ipa_kernels.cli.pipeline_run.print_outcome", broken)
         image = [] if command == "demo" else ["--image", "reference.png"]
         if image:
             from ipa_kernels.cli.pictures import draw_reference

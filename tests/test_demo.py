@@ -186,8 +186,8 @@ def test_what_would_compare_or_replace_the_wrong_thing(fail: Fail, monkeypatch: 
 
 def test_without_diffusers(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    for name in ("commands.demo", "cli.pipeline_run", "cli.quiet"):
-        monkeypatch.delitem(sys.modules, f"ipa_kernels.{name}", raising=False)
+    for name in ("loading", "pipeline_run"):
+        monkeypatch.delitem(sys.modules, f"ipa_kernels.cli.{name}", raising=False)
     assert "pip install 'ipa-kernels[diffusers]'" in fail()
 
 

@@ -14,12 +14,12 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 from PIL import Image, ImageDraw
 
 from ipa_kernels import cli, tiny
-from ipa_kernels.cli import pipeline_run as generation
+from ipa_kernels.cli import pipeline_run
 from ipa_kernels.cli.errors import UserError
+from ipa_kernels.cli.generate import _memory_advice
 from ipa_kernels.cli.loading import build_pipeline, place
 from ipa_kernels.cli.masks import check_layout
 from ipa_kernels.cli.pictures import Panel, compose
-from ipa_kernels.commands.generate import _memory_advice
 
 from .saved_weights import save_adapter
 
@@ -259,7 +259,7 @@ def test_only_what_stock_refuses_too_is_the_user_s_mistake(monkeypatch: pytest.M
     def ours(pipe: object) -> None:
         raise RuntimeError("a bug of ours")
 
-    monkeypatch.setattr(generation, "accelerated", ours)
+    monkeypatch.setattr(pipeline_run, "accelerated", ours)
     with pytest.raises(RuntimeError, match="a bug of ours"):
         generate("--image", "a.png")
     assert not Path("generated.png").exists()
@@ -286,7 +286,7 @@ def test_offloading_changes_no_picture() -> None:
         pipe, device = build_pipeline(torch.float32), torch.device("cpu")
         place(pipe, device, offload)
         arguments = {"prompt": "a cat", "ip_adapter_image": [[read("a.png")]]}
-        result, report = generation.accelerate(generation.Request(pipe, device, arguments, 2, 0))
+        result, report = pipeline_run.accelerate(pipeline_run.Request(pipe, device, arguments, 2, 0))
         assert report.eager == 7
         drawn.append(result.picture.tobytes())
     assert drawn[0] == drawn[1]

@@ -14,11 +14,9 @@ import pytest
 import torch
 
 from ipa_kernels import cli
-from ipa_kernels.cli import verify_cases as named_cases
-from ipa_kernels.cli import verify_layers as layers
+from ipa_kernels.cli import verify, verify_cases, verify_layers
 from ipa_kernels.cli.verify_results import Finding, ratios
-from ipa_kernels.commands import verify
-from ipa_kernels.ops import eager
+from ipa_kernels.ops import eager, support
 from ipa_kernels.processors import branches, unet
 from ipa_kernels.reference import Comparison
 
@@ -63,7 +61,7 @@ def test_with_torch_alone_the_kernel_is_not_said_to_be_verified() -> None:
         "diffusers",
         "tqdm",
     ).replace("\n  ", " ")
-    names = named_cases.NAMED
+    names = verify_cases.NAMED
     assert all(re.search(rf"^{name} +float32 +- +- +equal +eager only$", printed, re.MULTILINE) for name in names)
     assert "every case shrunk to two heads and at most 99 queries\n" in printed
     assert f"bit for bit, in {len(names)} of {len(names)} cases\n" in printed
@@ -179,9 +177,9 @@ def test_a_kernel_that_writes_nothing_is_found(verified: Any, device: torch.devi
         blocks.append(stock(*arguments, **options))
         return blocks[-1]
 
-    stock = named_cases.reference.stock_attention
+    stock = verify_cases.reference.stock_attention
     monkeypatch.setattr(OP, "prepare", prepare)
-    monkeypatch.setattr(named_cases.reference, "stock_attention", keep)
+    monkeypatch.setattr(verify_cases.reference, "stock_attention", keep)
     assert verified("--quick", "--device", device, "--dtype", "float16", "--case", "sd15_512_mid")[0] == 1
 
 
@@ -217,14 +215,14 @@ def test_eager_that_is_not_stocks_is_found(verified: Any, monkeypatch: pytest.Mo
 def test_a_case_that_raises_is_not_verified_and_the_next_is(
     error: Exception, says: str, verified: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stock = named_cases.reference.stock_attention
+    stock = verify_cases.reference.stock_attention
 
     def raises(query: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
         if query.shape[-1] == 160:
             raise error
         return stock(query, *rest, **options)
 
-    monkeypatch.setattr(named_cases.reference, "stock_attention", raises)
+    monkeypatch.setattr(verify_cases.reference, "stock_attention", raises)
     code, printed = verified("--quick", "--device", "cpu", "--impl", "eager", "--case", "sd15_512_mid", "sdxl_1024_32x32")
     assert code == 1
     assert "verdict: FAILED in 1 of 2 cases\n" in printed
@@ -234,9 +232,9 @@ def test_a_case_that_raises_is_not_verified_and_the_next_is(
 
 def test_shapes_that_the_launch_table_refuses(verified: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on GPUs on which the kernel would spill: not verified, which is a verdict against it where it is asked for."""
-    known = named_cases.call_reasons
+    known = verify_cases.call_reasons
     monkeypatch.setattr(
-        named_cases,
+        verify_cases,
         "call_reasons",
         lambda problem: ["head dim 160: spills"] if problem.query.shape[-1] == 160 else known(problem),
     )
@@ -302,7 +300,7 @@ def small_run(device: torch.device, *, scale: float = 0.7) -> dict[str, Finding]
     """What the kernel showed in each layer of a small pipeline in float16."""
     pipe = build("sd", ("base",)).to(device, torch.float16)
     pipe.set_ip_adapter_scale(scale)
-    checked, report = layers.watch(pipe, "triton", lambda steps: generate(pipe, ("base",), size=8, steps=steps))
+    checked, report = verify_layers.watch(pipe, "triton", lambda steps: generate(pipe, ("base",), size=8, steps=steps))
     assert report.triton == len(checked) == 4
     assert all(list(layer.findings) == ["triton"] for layer in checked)
     return {layer.name: layer.findings["triton"] for layer in checked}
@@ -312,7 +310,7 @@ def test_the_kernel_in_a_pipeline(device: torch.device) -> None:
     found = small_run(device).values()
     for finding in found:
         assert finding.verdict == "within", finding.why()
-        assert len(finding.draws) == layers.STEPS
+        assert len(finding.draws) == verify_layers.STEPS
     ratios_of_rms = [draw.rms / draw.stock_rms for finding in found for draw in finding.draws]
     # 0.75; with the rounding of the projections, which both have, it would be 0.83
     assert device.type != "cpu" or statistics.mean(ratios_of_rms) < 0.79
@@ -353,7 +351,7 @@ def test_wrong_layers_of_a_pipeline_are_named_and_the_others_go_on(
         return found
 
     monkeypatch.setattr(unet, "find", wrong)
-    monkeypatch.setattr(layers, "STEPS", 2)
+    monkeypatch.setattr(verify_layers, "STEPS", 2)
     found = {name: finding for name, finding in small_run(device).items() if not finding.passed}
     assert list(found) == [stale, raising]
     assert found[raising].why() == "raised RuntimeError: no such kernel image"
@@ -363,7 +361,7 @@ def test_wrong_layers_of_a_pipeline_are_named_and_the_others_go_on(
 
 
 def test_a_layer_of_scale_zero_is_judged_as_text_alone(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "STEPS", 1)
+    monkeypatch.setattr(verify_layers, "STEPS", 1)
     for finding in small_run(device, scale=0.0).values():
         assert finding.draws[0].allowed_rms == pytest.approx(1.05 * finding.draws[0].stock_rms)
 
@@ -426,12 +424,12 @@ def test_no_gpu(fail: Any) -> None:
 
 def test_dtypes_that_are_verified_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU what has tensor cores: float32 where torch allows TF32, bfloat16 where the GPU has it."""
-    options = verify.Options(None, None, None, "", None, "", 1.0, None, False, None, None, None, None, None)
+    options = verify.VerifyOptions(None, None, None, "", None, "", 1.0, None, False, None, None, None, None, None)
     gpu = torch.device("cuda")
     monkeypatch.setattr(verify, "_is_interpreted", lambda: False)
     for tf32 in (False, True):
         for bfloat16 in (False, True):
-            monkeypatch.setattr(verify, "allows_tf32", lambda device, tf32=tf32: tf32)
+            monkeypatch.setattr(support, "allows_tf32", lambda device, tf32=tf32: tf32)
             monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, b=bfloat16: b)
             expected = [torch.float16] + [torch.bfloat16] * bfloat16 + [torch.float32] * tf32
             assert verify._dtypes(options, gpu) == expected

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .defaults import SCALE
+from .arguments import SCALE
 from .errors import UserError
 
 
