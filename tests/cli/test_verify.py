@@ -20,9 +20,9 @@ from ipa_kernels.ops import eager, support
 from ipa_kernels.processors import branches, unet
 from ipa_kernels.reference import Comparison
 
-from .test_imports import run as run_alone
-from .zoo.generate import generate
-from .zoo.pipelines import build
+from ..fresh_interpreter import run as run_alone
+from ..zoo.generate import generate
+from ..zoo.pipelines import build
 
 OP = sys.modules["ipa_kernels.ops.decoupled_attention"]
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter: a machine without a GPU")

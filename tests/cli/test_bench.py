@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,7 @@ VARIANTS = ["one", "one masked", "three", "three masked"]
 Fail = Callable[..., str]
 
 
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 @pytest.fixture(autouse=True)
@@ -42,23 +40,9 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[first_image.Job]:
 
 
 @pytest.fixture
-def fail(capsys: pytest.CaptureFixture[str]) -> Iterator[Fail]:
+def fail(mistake: Fail) -> Fail:
     """Runs a bench that has to fail as a user's mistake does, and returns its one line."""
-
-    def run(*arguments: object) -> str:
-        capsys.readouterr()
-        try:
-            code: object = cli.main(["bench", *map(str, arguments)])
-        except SystemExit as stop:
-            code = stop.code
-        lines = capsys.readouterr().err.splitlines()
-        assert code == 2
-        assert len(lines) == 1, lines
-        assert lines[0].startswith("ipa-kernels bench: ")
-        return lines[0]
-
-    yield run
-    assert not list(Path().iterdir())
+    return lambda *arguments: mistake("bench", *arguments)
 
 
 def document(kernel: bool = True) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """`ipa-kernels demo`, through the command line: what it prints and writes, and one line for each mistake."""
 
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import ipa_kernels
 from ipa_kernels import cli, tiny
 from ipa_kernels.cli.pictures import Panel, compose, draw_reference
 
@@ -189,16 +187,3 @@ def test_without_diffusers(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("loading", "pipeline_run"):
         monkeypatch.delitem(sys.modules, f"ipa_kernels.cli.{name}", raising=False)
     assert "pip install 'ipa-kernels[diffusers]'" in fail()
-
-
-def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, expected in ((["--version"], ipa_kernels.__version__), (["demo", "--help"], "--ip-adapter")):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(arguments)
-        assert stop.value.code == 0
-        assert expected in capsys.readouterr().out
-
-
-def test_import_is_cheap() -> None:
-    code = "import sys, ipa_kernels.cli; print({'torch', 'diffusers', 'PIL'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "set()\n"

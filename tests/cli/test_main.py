@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import ipa_kernels
 from ipa_kernels import cli
 from ipa_kernels.cli import verify
 
@@ -80,3 +81,24 @@ def test_letters_that_a_terminal_does_not_have(monkeypatch: pytest.MonkeyPatch) 
     assert cli.main(["demo", "--image", "猫.png"]) == 2
     stream.flush()
     assert b"--image \\u732b.png" in stream.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, expected in ((["--version"], ipa_kernels.__version__), (["demo", "--help"], "--ip-adapter")):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 0
+        assert expected in capsys.readouterr().out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """Of all commands: it is there at once."""
+    code = """
+import contextlib, io, sys
+from ipa_kernels.cli import main
+for command in ([], ["demo"], ["generate"], ["doctor"], ["verify"], ["bench"]):
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        main([*command, "--help"])
+print({"torch", "diffusers", "transformers", "PIL", "matplotlib", "tqdm"} & set(sys.modules))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True).stdout == "set()\n"
