@@ -1,28 +1,24 @@
-"""How far a command is, in one line on stderr. Needs nothing but Python."""
+"""How far a command is: a bar of tqdm, which comes with diffusers."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-_LINE, _BAR = 79, 24
 
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Yields what to call, with its name, before each of `total` pieces of work. Writes nothing where stderr is no terminal."""
-    shown = sys.stderr.isatty()
-    done = 0
+    """Yields what to call, with its name, before each of `total` pieces of work.
 
-    def step(name: str) -> None:
-        nonlocal done
-        bar = "#" * (_BAR * done // total)
-        done = min(done + 1, total)
-        if shown:
-            line = f"[{bar:.<{_BAR}}] {done}/{total} {name}"
-            print(f"\r{line:<{_LINE}.{_LINE}}", end="", file=sys.stderr, flush=True)
-
+    Nothing is shown where stderr is no terminal, and with torch alone, where there is no tqdm.
+    """
     try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        yield lambda name: None
+        return
+    with tqdm(total=total, leave=False, disable=None, dynamic_ncols=True) as bar:
+
+        def step(name: str) -> None:
+            bar.update()
+            bar.set_postfix_str(name)
+
         yield step
-    finally:
-        if shown:
-            print(f"\r{'':{_LINE}}\r", end="", file=sys.stderr, flush=True)
