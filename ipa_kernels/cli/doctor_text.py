@@ -6,6 +6,7 @@ from typing import Any
 from ..kernels.launch_table import LARGEST_HEAD_DIM, LONG_KEYS
 from ..kernels.launch_table_backward import listed
 from .doctor_diagnosis import Device, Diagnosis
+from .tables import table
 
 _MODELS = "head dims of UNets: 40, 80 and 160 in Stable Diffusion 1.5; 64 in Stable Diffusion 2.1, SDXL and Kolors"
 _LONG = f"calls of more than {LONG_KEYS} keys run eager where SDPA is estimated to be faster: explain(pipe) says so"
@@ -15,8 +16,8 @@ def text(found: Diagnosis) -> str:
     """A section each for what is installed, the environment, each kind of device, notes, and what to do."""
     lines = [f"ipa-kernels {found.ipa_kernels['version']}"]
     lines += [f"  {name}: {value}" for name, value in found.ipa_kernels.items() if name != "version" and value is not None]
-    lines += _table("installed", found.installed, "not installed")
-    lines += _table("environment", found.environment, "not set")
+    lines += _section("installed", found.installed, "not installed")
+    lines += _section("environment", found.environment, "not set")
     alike: dict[tuple[str, ...], list[str]] = {}
     for device in found.devices:
         alike.setdefault(tuple(_device(device)), []).append(device.name)
@@ -32,9 +33,9 @@ def text(found: Diagnosis) -> str:
     return "\n".join(lines)
 
 
-def _table(title: str, values: dict[str, str | None], missing: str) -> list[str]:
-    width = max(len(name) for name in values)
-    return ["", title, *(f"  {name:{width}}  {missing if value is None else value}" for name, value in values.items())]
+def _section(title: str, values: dict[str, str | None], missing: str) -> list[str]:
+    rows = [[name, missing if value is None else value] for name, value in values.items()]
+    return ["", title, *(f"  {line}" for line in table(rows).splitlines())]
 
 
 def _device(device: Device) -> Iterator[str]:

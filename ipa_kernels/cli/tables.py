@@ -7,7 +7,7 @@ WIDTH = 98
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """The rows, the first of which is the head, in columns that are as wide as they need to be."""
+    """The rows in columns that are as wide as they need to be; the first row may be a head."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
