@@ -17,6 +17,7 @@ class DoctorOptions:
     """The command line of `ipa-kernels doctor`."""
 
     json: bool
+    messages: bool
 
 
 def add(commands: Commands) -> None:
@@ -34,6 +35,11 @@ def add(commands: Commands) -> None:
         "attention runs there), 1 where something is in the way that can be changed, 2 for a wrong option.",
     )
     doctor.add_argument("--json", action="store_true", help="the same as JSON")
+    doctor.add_argument(
+        "--messages",
+        action="store_true",
+        help="write to stderr, too, what libraries said in full. For your own eyes: it may name users, paths and secrets",
+    )
 
 
 def run(options: DoctorOptions) -> int:
@@ -44,4 +50,6 @@ def run(options: DoctorOptions) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # what is imported may print
         found = examine()
     print(json.dumps(dataclasses.asdict(found), indent=1) if options.json else text(found))
+    if options.messages:
+        sys.stderr.writelines(found.messages)
     return 1 if found.problems else 0

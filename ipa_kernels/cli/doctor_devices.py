@@ -1,7 +1,6 @@
 """Which GPUs torch can use, what the kernel does on each, and why a GPU that is there cannot be used."""
 
 import functools
-from types import ModuleType
 
 import torch
 
@@ -42,25 +41,24 @@ def count(found: Diagnosis) -> int:
     return 0
 
 
-def examine(found: Diagnosis, gpus: int, kernel: ModuleType | None) -> None:
+def examine(found: Diagnosis, gpus: int, *, interpreted: bool) -> None:
     """Every GPU, or what torch computes on where there is none."""
     devices = [torch.device("cuda", index) for index in range(gpus)]
     for device in devices or [torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")]:
         entry = Device(str(device))
         found.devices.append(entry)
-        found.attempt(f"{device} cannot be examined", _DRIVER, functools.partial(_examine, found, entry, device, kernel))
+        found.attempt(f"{device} cannot be examined", _DRIVER, functools.partial(_examine, found, entry, device, interpreted))
 
 
 def _visible() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def _examine(found: Diagnosis, entry: Device, device: torch.device, kernel: ModuleType | None) -> None:
+def _examine(found: Diagnosis, entry: Device, device: torch.device, interpreted: bool) -> None:
     if device.type == "cuda":
         entry.facts = {"architecture": architecture(device), **gpu_facts(device)}
     entry.inference = coverage(device, gradient=False)
     entry.training = coverage(device, gradient=True)
-    interpreted = kernel is not None and kernel.INTERPRETED
     if device.type != "cuda" or interpreted or layer_reasons(device, torch.float16, TRIED.head_dim):
         return
     result = found.attempt(f"{device}: the kernel cannot be launched", _COMPILER, lambda: try_kernel(device))

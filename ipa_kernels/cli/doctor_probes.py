@@ -7,14 +7,10 @@ import platform
 import re
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
-from types import ModuleType
 from typing import Any
 
 from .. import __version__
-from .doctor_diagnosis import BUILDS, Diagnosis
-from .doctor_redaction import redacted
-
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "peft", "xformers", "numpy")
+from .doctor_diagnosis import BUILDS, PACKAGES, Diagnosis
 
 VARIABLES = (
     "IPA_KERNELS_DISABLE",
@@ -33,7 +29,7 @@ def examine() -> Diagnosis:
     """Look at everything, and try the kernel once on each GPU that it supports."""
     found = Diagnosis()
     found.ipa_kernels["version"] = __version__
-    found.installed = {"python": platform.python_version(), "system": redacted(platform.platform())}
+    found.installed = {"python": platform.python_version(), "system": _system()}
     found.installed |= {name: _version(name) for name in PACKAGES}
     found.environment = {name: _value(name) for name in VARIABLES}
     _check_versions(found)
@@ -56,9 +52,9 @@ def _with_torch(found: Diagnosis, torch: Any) -> None:
     precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     found.environment["torch.backends.cuda.matmul.fp32_precision"] = precision
     gpus = devices.count(found)
-    kernel = _check_triton(found, torch, gpus)
+    interpreted = _check_triton(found, torch, gpus)
     _check_diffusers(found)
-    devices.examine(found, gpus, kernel)
+    devices.examine(found, gpus, interpreted=interpreted)
 
 
 def _check_versions(found: Diagnosis) -> None:
@@ -84,12 +80,14 @@ def _check_switch(found: Diagnosis) -> None:
         found.notes.append("IPA_KERNELS_DISABLE is set, but not to 1: that has no effect")
 
 
-def _check_triton(found: Diagnosis, torch: Any, gpus: int) -> ModuleType | None:
-    """The module that launches kernels, or None."""
+def _check_triton(found: Diagnosis, torch: Any, gpus: int) -> bool:
+    """Whether kernels run in Triton's interpreter."""
 
-    def load() -> ModuleType | None:
+    def load() -> tuple[str, bool] | None:
         try:
-            return importlib.import_module("ipa_kernels.kernels.launch")
+            from ..kernels.launch import INTERPRETED, triton
+
+            return str(triton.__version__), INTERPRETED
         except ModuleNotFoundError as error:
             if error.name != "triton":
                 raise
@@ -102,26 +100,28 @@ def _check_triton(found: Diagnosis, torch: Any, gpus: int) -> ModuleType | None:
         return None
 
     again = "reinstall triton in the version that this torch asks for (pip show torch)"
-    kernel = found.attempt("triton is installed but cannot be imported", again, load)
-    if kernel is None:
-        return None
-    found.installed["triton"] = str(kernel.triton.__version__)
-    if kernel.INTERPRETED and gpus:
+    loaded = found.attempt("triton is installed but cannot be imported", again, load)
+    if loaded is None:
+        return False
+    found.installed["triton"], interpreted = loaded
+    if interpreted and gpus:
         found.problem("TRITON_INTERPRET is set: kernels would run in Python, so none is used", "unset TRITON_INTERPRET")
-    elif kernel.INTERPRETED:
+    elif interpreted:
         found.notes.append('TRITON_INTERPRET is set: impl="triton" runs in Triton\'s interpreter, for debugging')
-    return kernel
+    return interpreted
 
 
 def _check_diffusers(found: Diagnosis) -> None:
+    def load() -> None:
+        import ipa_kernels.watch  # noqa: F401
+
     extra = "pip install 'ipa-kernels[diffusers]'"
     if found.installed["diffusers"] is None:
         found.notes.append(f"diffusers is not installed: decoupled_attention runs, enable(pipe) needs it ({extra})")
         return
     if found.installed["transformers"] is None:
         found.notes.append(f"transformers is not installed: most pipelines need it ({extra})")
-    loading = functools.partial(importlib.import_module, "ipa_kernels.watch")
-    found.attempt("diffusers is installed but enable(pipe) cannot use it", f"{extra} --upgrade", loading)
+    found.attempt("diffusers is installed but enable(pipe) cannot use it", f"{extra} --upgrade", load)
 
 
 def _version(package: str) -> str | None:
@@ -131,6 +131,15 @@ def _version(package: str) -> str | None:
         return None
     except Exception:  # a folder of metadata that an interrupted pip left behind
         return "unreadable"
+
+
+def _system() -> str:
+    """Its kind, version and processor. The name of a kernel that somebody built himself may say anything."""
+    number = re.match(r"[\d.]+", platform.release())
+    version = platform.mac_ver()[0] or (number[0] if number else "")
+    libc = " ".join(platform.libc_ver())
+    wsl = "WSL" if "microsoft" in platform.release().lower() else ""
+    return ", ".join(filter(None, [f"{platform.system()} {version}", wsl, platform.machine(), libc.strip()]))
 
 
 def _release(text: str) -> tuple[int, ...]:

@@ -1,15 +1,19 @@
 """The diagnosis as text, to be read and to be pasted."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..kernels.launch_table import LARGEST_HEAD_DIM, LONG_KEYS
 from ..kernels.launch_table_backward import listed
 from .doctor_diagnosis import Device, Diagnosis
 from .tables import table
 
+if TYPE_CHECKING:
+    from .doctor_coverage import Group
+
 _MODELS = "head dims of UNets: 40, 80 and 160 in Stable Diffusion 1.5; 64 in Stable Diffusion 2.1, SDXL and Kolors"
 _LONG = f"calls of more than {LONG_KEYS} keys run eager where SDPA is estimated to be faster: explain(pipe) says so"
+_MESSAGES = "what libraries said in full, for your own eyes (it may name users and paths): ipa-kernels doctor --messages"
 
 
 def text(found: Diagnosis) -> str:
@@ -30,6 +34,8 @@ def text(found: Diagnosis) -> str:
     lines += ["", "to do" if found.problems else "nothing to do"]
     for problem in found.problems:
         lines += [f"  {problem.what}", f"    -> {problem.do}"]
+    if found.messages:
+        lines += ["", _MESSAGES]
     return "\n".join(lines)
 
 
@@ -56,7 +62,7 @@ def _device(device: Device) -> Iterator[str]:
         yield f"  one launch: {device.launched}"
 
 
-def _group(group: Any) -> str:
+def _group(group: "Group") -> str:
     dims = "every head dim" if len(group.head_dims) == LARGEST_HEAD_DIM // 8 else f"head dims {listed(list(group.head_dims))}"
     what = f"{', '.join(group.dtypes)}, {dims}"
     if group.impl == "eager":
