@@ -25,12 +25,12 @@ class AdapterFile:
     shapes: dict[str, tuple[int, ...]]
 
 
-def find(adapter: str, named: str | None, unet: Any) -> AdapterFile:
+def find_adapter(adapter: str, named: str | None, unet: Any) -> AdapterFile:
     """The weight file of an IP-Adapter, after a look at its shapes; one on the hub is downloaded into diffusers' cache.
 
     Raises UserError where there is none, or where it is for another UNet or needs embeddings of faces.
     """
-    repository, weight = _place(adapter, named, unet.config.cross_attention_dim)
+    repository, weight = _folder_and_file(adapter, named, unet.config.cross_attention_dim)
     path = _local(adapter, repository, weight)
     try:
         shapes = _shapes(path)
@@ -64,7 +64,7 @@ def check_encoder(file: AdapterFile, encoder: Any) -> None:
         )
 
 
-def _place(adapter: str, named: str | None, width: int) -> tuple[Path, Path]:
+def _folder_and_file(adapter: str, named: str | None, width: int) -> tuple[Path, Path]:
     """The folder or hub id of an IP-Adapter, and its weight file inside of it."""
     place = Path(adapter)
     if place.is_file():

@@ -39,7 +39,7 @@ class Adapter:
         return self.scales if len(self.scales) > 1 else self.scales[0] if self.scales else SCALE
 
 
-def check(adapters: list[Adapter]) -> None:
+def check_adapters(adapters: list[Adapter]) -> None:
     """Raises UserError unless every option belongs to one adapter, and every adapter has what it needs."""
     several = len(adapters) > 1
     if several and adapters[0].early:

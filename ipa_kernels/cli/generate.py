@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapter_options import Adapter, check
+from .adapter_options import Adapter, check_adapters
 from .arguments import (
     SCALE,
     WEIGHT_HELP,
@@ -28,7 +28,7 @@ from .quiet import importing
 if TYPE_CHECKING:
     import torch
 
-    from .picture_metadata import Inputs
+    from .picture_metadata import AdapterPictures
     from .pipeline_run import Request
 
 _DESCRIPTION = """Generate one picture with IP-Adapters, accelerated: print what ran where and why and the time per step.
@@ -160,15 +160,15 @@ def run(options: GenerateOptions) -> int:
         import torch
 
         from .device import available_device, check_switch, chosen_dtype, threads
-        from .loading import Weights, build_pipeline, load_pipeline, place, read_picture
+        from .loading import Weights, build_pipeline, load_pipeline, move_to_device, read_picture
         from .masks import read_mask
-        from .picture_metadata import Inputs, settings, sheet
+        from .picture_metadata import AdapterPictures, comparison_sheet, settings
         from .pictures import save
         from .pipeline_run import Request, Result, accelerate, compare, enough_memory, print_outcome
         from .quiet import quiet
 
     adapters = options.adapters or [Adapter()]
-    check(adapters)
+    check_adapters(adapters)
     _check_names(options.model, adapters)
     output = writable(options.output)
     compared = output.with_name(f"{output.stem}-compare.png")
@@ -180,7 +180,9 @@ def run(options: GenerateOptions) -> int:
     if options.offload != "none" and device.type == "cpu":
         raise UserError(f"--offload {options.offload}: moves models between a GPU and the CPU; --device is {device}")
     dtype = chosen_dtype(options.dtype, device)
-    inputs = [Inputs(a, [read_picture(path) for path in a.images], [read_mask(path) for path in a.masks]) for a in adapters]
+    inputs = [
+        AdapterPictures(a, [read_picture(path) for path in a.images], [read_mask(path) for path in a.masks]) for a in adapters
+    ]
     advice = _memory_advice(options, device, dtype)
     with quiet(), threads(torch.get_num_threads() if options.model else 1), enough_memory(device, advice):
         if options.model is None:
@@ -189,7 +191,7 @@ def run(options: GenerateOptions) -> int:
             weights = [Weights(str(adapter.path), adapter.weight) for adapter in adapters]
             pipe = load_pipeline(options.model, weights, options.image_encoder, dtype)
         arguments = _arguments(pipe, options, inputs, device)
-        place(pipe, device, options.offload)
+        move_to_device(pipe, device, options.offload)
         pipe.set_ip_adapter_scale([adapter.scale for adapter in adapters])
         request = Request(pipe, device, arguments, options.steps, options.seed)
         _print_request(request, options, dtype, inputs)
@@ -200,7 +202,7 @@ def run(options: GenerateOptions) -> int:
             fused, report = accelerate(request)
     save(fused.picture, output, settings(request, options.model, adapters, dtype))
     if stock is not None:
-        save(sheet(inputs, stock, fused, report), compared)
+        save(comparison_sheet(inputs, stock, fused, report), compared)
     print_outcome(report, fused, stock)
     print(f"{output}: the picture, its settings in its text")
     if stock is not None:
@@ -234,7 +236,7 @@ def _memory_advice(options: GenerateOptions, device: torch.device, dtype: torch.
     return advice
 
 
-def _arguments(pipe: Any, options: GenerateOptions, inputs: list[Inputs], device: torch.device) -> dict[str, Any]:
+def _arguments(pipe: Any, options: GenerateOptions, inputs: list[AdapterPictures], device: torch.device) -> dict[str, Any]:
     """The arguments of pipe(...). Raises UserError for those that it does not take, and for masks of another shape, and
     MemoryError for a picture that is too large.
     """
@@ -265,7 +267,7 @@ def _arguments(pipe: Any, options: GenerateOptions, inputs: list[Inputs], device
     return arguments
 
 
-def _print_request(request: Request, options: GenerateOptions, dtype: torch.dtype, inputs: list[Inputs]) -> None:
+def _print_request(request: Request, options: GenerateOptions, dtype: torch.dtype, inputs: list[AdapterPictures]) -> None:
     from ..dtypes import dtype_name
 
     pipe, arguments = request.pipe, request.arguments

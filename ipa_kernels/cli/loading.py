@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from .. import tiny
 from ..integration import explain
-from .adapter_files import WEIGHTS, check_encoder, check_encoder_folder, find
+from .adapter_files import WEIGHTS, check_encoder, check_encoder_folder, find_adapter
 from .errors import UserError, elsewhere, why
 
 TINY_ADAPTERS: dict[str, Callable[..., Any]] = {"base": tiny.base_adapter, "plus": tiny.plus_adapter}
@@ -36,7 +36,7 @@ def load_pipeline(model: str, adapters: Sequence[Weights], image_encoder: str, d
     except Exception as error:  # diffusers, transformers, safetensors, pickle and the hub, each with errors of its own
         raise UserError(f"--model {model}: {elsewhere(model)}{why(error)}") from error
     _check_kind(model, pipe)
-    files = [find(adapter, weight, pipe.unet) for adapter, weight in adapters]
+    files = [find_adapter(adapter, weight, pipe.unet) for adapter, weight in adapters]
     if getattr(pipe, "image_encoder", None) is None:
         check_encoder_folder(files[0], image_encoder)
     try:
@@ -72,7 +72,7 @@ def check_paths(model: Path, *adapters: Path) -> None:
         raise UserError(f"--model {model}: a file; needs the folder of a diffusers pipeline")
 
 
-def place(pipe: Any, device: torch.device, offload: str) -> None:
+def move_to_device(pipe: Any, device: torch.device, offload: str) -> None:
     """Put the pipeline where it computes; "model" and "sequential" keep on the device only what runs."""
     try:
         if offload == "model":

@@ -17,7 +17,7 @@ from .pipeline_run import Request, Result
 
 
 @dataclass(frozen=True)
-class Inputs:
+class AdapterPictures:
     """One adapter, and its pictures."""
 
     adapter: Adapter
@@ -56,7 +56,7 @@ def settings(request: Request, model: str | None, adapters: list[Adapter], dtype
     )  # a file name may hold bytes that are no text
 
 
-def sheet(inputs: list[Inputs], stock: Result, fused: Result, report: Report) -> Image.Image:
+def comparison_sheet(inputs: list[AdapterPictures], stock: Result, fused: Result, report: Report) -> Image.Image:
     """Every image with its scale and mask, then both pictures with their times, and the difference."""
     panels = []
     for each in inputs:

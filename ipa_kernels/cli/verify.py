@@ -104,13 +104,13 @@ def run(options: VerifyOptions) -> int:
     """
     with importing("diffusers"):
         from ..measure import machine_facts
-        from . import verify_cases
         from .device import available_device
+        from .verify_cases import chosen_cases
         from .verify_summary import summary
 
     _check_options(options)
     file = json_file(options.json)
-    cases = verify_cases.chosen(options.case)
+    cases = chosen_cases(options.case)
     device = available_device(options.device)
     dtypes = _dtypes(options, device)
     interpreted = _is_interpreted()
@@ -153,14 +153,14 @@ def _named(
     cases: Sequence[Case], dtypes: Sequence[torch.dtype], device: torch.device, impl: str | None, seed: int
 ) -> list[Checked]:
     from ..dtypes import dtype_name
-    from . import verify_cases
+    from .verify_cases import verify_case
 
     with progress(len(cases) * len(dtypes)) as step:
         checked = []
         for dtype in dtypes:
             for case in cases:
                 step(f"{case.name} {dtype_name(dtype)}")
-                checked.append(verify_cases.check(case, dtype, device, impl, seed))
+                checked.append(verify_case(case, dtype, device, impl, seed))
     return checked
 
 
@@ -168,10 +168,10 @@ def _pipeline(
     options: VerifyOptions, dtypes: Sequence[torch.dtype], device: torch.device, seed: int
 ) -> tuple[list[Checked], list[str]]:
     with importing("diffusers", "--pipeline"):
-        from .verify_pipeline import check
+        from .verify_pipeline import verify_pipeline
 
     impl = options.impl or ("triton" if _is_interpreted() else "auto")
-    runs = [check(options, dtype, device, impl, seed) for dtype in dtypes]
+    runs = [verify_pipeline(options, dtype, device, impl, seed) for dtype in dtypes]
     return [layer for checked, _ in runs for layer in checked], [report for _, report in runs]
 
 

@@ -19,7 +19,7 @@ from .verify_results import Checked, Finding, failure
 NAMED = CASES | BY_ROW
 
 
-def chosen(names: Sequence[str] | None) -> list[Case]:
+def chosen_cases(names: Sequence[str] | None) -> list[Case]:
     """The cases of --case, or all. Raises UserError for a name that there is not."""
     for name in names or ():
         if name not in NAMED:
@@ -30,7 +30,7 @@ def chosen(names: Sequence[str] | None) -> list[Case]:
     return [NAMED[name] for name in dict.fromkeys(names or NAMED)]
 
 
-def check(case: Case, dtype: torch.dtype, device: torch.device, impl: str | None, seed: int) -> Checked:
+def verify_case(case: Case, dtype: torch.dtype, device: torch.device, impl: str | None, seed: int) -> Checked:
     """One case in one dtype: the kernel where it runs, unless `impl` is "eager", and eager, unless `impl` is "triton"."""
     keys = "+".join(map(str, (case.text, *case.images)))
     shape = f"{case.heads}x{case.head_dim} heads, {case.queries} queries, {keys} keys"

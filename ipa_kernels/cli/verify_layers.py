@@ -26,14 +26,14 @@ STEPS = 3
 """The first prepares what the others find again; and one of three largest errors may be chance (`reference.kept`)."""
 
 
-def watch(pipe: Any, impl: str, generate: Callable[[int], object]) -> tuple[list[Checked], Report]:
+def verify_layers(pipe: Any, impl: str, generate: Callable[[int], object]) -> tuple[list[Checked], Report]:
     """Each layer that has an IP-Adapter, while `generate` runs the pipeline for a number of steps, and the report of that run.
 
     Raises what `enable(pipe, impl=impl)` and `generate` raise. Where a layer raises, stock runs in its place.
     """
     unet = unet_of(pipe)
     layers = [_Layer(unet.get_submodule(layer.name)) for layer in explain(pipe).layers]
-    with progress(STEPS * len(layers)) as step, accelerated(pipe, impl=impl) as report, _watched(layers, step):
+    with progress(STEPS * len(layers)) as step, accelerated(pipe, impl=impl) as report, _intercepted(layers, step):
         generate(STEPS)
     return [layer.checked(ran, unet.dtype) for layer, ran in zip(layers, report.layers, strict=True)], report
 
@@ -111,16 +111,16 @@ class _Rounded(nn.Module):
 
 
 @contextmanager
-def _watched(layers: list[_Layer], step: Callable[[str], None]) -> Iterator[None]:
+def _intercepted(layers: list[_Layer], step: Callable[[str], None]) -> Iterator[None]:
     """Calls of these attentions go through `_Layer.run`. Not by hooks on them, with which an enabled UNet does other things."""
-    places = {layer.attention: i for i, layer in enumerate(layers)}
+    indices = {layer.attention: i for i, layer in enumerate(layers)}
     plain = Attention.forward
 
     def forward(attention: Any, *arguments: Any, **options: Any) -> Any:
-        if attention not in places:
+        if attention not in indices:
             return plain(attention, *arguments, **options)
-        step(f"layer {places[attention] + 1} of {len(layers)}")
-        return layers[places[attention]].run(plain, *arguments, **options)
+        step(f"layer {indices[attention] + 1} of {len(layers)}")
+        return layers[indices[attention]].run(plain, *arguments, **options)
 
     Attention.forward = forward
     try:

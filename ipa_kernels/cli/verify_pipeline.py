@@ -12,14 +12,14 @@ from .errors import UserError, why
 from .loading import Weights, build_pipeline, check_paths, load_pipeline, read_picture
 from .pictures import draw_reference
 from .quiet import quiet
-from .verify_layers import watch
+from .verify_layers import verify_layers
 from .verify_results import Checked
 
 if TYPE_CHECKING:
     from .verify import VerifyOptions
 
 
-def check(
+def verify_pipeline(
     options: "VerifyOptions", dtype: torch.dtype, device: torch.device, impl: str, seed: int
 ) -> tuple[list[Checked], str]:
     """Every layer that has an IP-Adapter, and the report of the run.
@@ -47,7 +47,7 @@ def check(
             )
 
         try:
-            checked, report = watch(pipe, impl, generate)
+            checked, report = verify_layers(pipe, impl, generate)
         except UnsupportedError as error:
             raise UserError(f"--impl {impl}: {why(error)}") from error
         except Exception as error:  # a model that loads may still lack anything, and says so in its own way

@@ -17,7 +17,7 @@ from ipa_kernels import cli, tiny
 from ipa_kernels.cli import pipeline_run
 from ipa_kernels.cli.errors import UserError
 from ipa_kernels.cli.generate import _memory_advice
-from ipa_kernels.cli.loading import build_pipeline, place
+from ipa_kernels.cli.loading import build_pipeline, move_to_device
 from ipa_kernels.cli.masks import check_layout
 from ipa_kernels.cli.pictures import Panel, compose
 
@@ -284,7 +284,7 @@ def test_offloading_changes_no_picture() -> None:
     drawn = []
     for offload in ("none", "model"):
         pipe, device = build_pipeline(torch.float32), torch.device("cpu")
-        place(pipe, device, offload)
+        move_to_device(pipe, device, offload)
         arguments = {"prompt": "a cat", "ip_adapter_image": [[read("a.png")]]}
         result, report = pipeline_run.accelerate(pipeline_run.Request(pipe, device, arguments, 2, 0))
         assert report.eager == 7
@@ -297,14 +297,14 @@ def test_offloading_needs_accelerate(offload: str) -> None:
     """accelerate is in none of our extras."""
     calls = []
     name, device = f"enable_{offload}_cpu_offload", torch.device("cuda", 1)
-    place(SimpleNamespace(**{name: lambda device: calls.append(device)}), device, offload)
+    move_to_device(SimpleNamespace(**{name: lambda device: calls.append(device)}), device, offload)
     assert calls == [device]
 
     def missing(device: torch.device) -> None:
         raise ImportError
 
     with pytest.raises(UserError, match=f"--offload {offload}: needs accelerate"):
-        place(SimpleNamespace(**{name: missing}), device, offload)
+        move_to_device(SimpleNamespace(**{name: missing}), device, offload)
 
 
 def test_layouts_that_diffusers_bends(fail: Mistake, monkeypatch: pytest.MonkeyPatch) -> None:

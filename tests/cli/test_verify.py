@@ -300,7 +300,7 @@ def small_run(device: torch.device, *, scale: float = 0.7) -> dict[str, Finding]
     """What the kernel showed in each layer of a small pipeline in float16."""
     pipe = build("sd", ("base",)).to(device, torch.float16)
     pipe.set_ip_adapter_scale(scale)
-    checked, report = verify_layers.watch(pipe, "triton", lambda steps: generate(pipe, ("base",), size=8, steps=steps))
+    checked, report = verify_layers.verify_layers(pipe, "triton", lambda steps: generate(pipe, ("base",), size=8, steps=steps))
     assert report.triton == len(checked) == 4
     assert all(list(layer.findings) == ["triton"] for layer in checked)
     return {layer.name: layer.findings["triton"] for layer in checked}
