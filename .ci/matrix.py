@@ -17,21 +17,21 @@ from pathlib import Path
 
 HOUSE = Path(__file__).parents[1]
 SEAMS = (
-    "arguments.py",
-    "demo.py",
-    "eager.py",
-    "imports.py",
-    "integration.py",
-    "kernel.py::test_named_cases",
-    "backward.py::test_only_what_is_asked_for_is_computed",
-    "backward.py::test_checkpointing",
-    "launch.py",
-    "pipelines.py",
-    "registered.py",
-    "upstream.py",
+    "test_arguments.py",
+    "cli/test_demo.py",
+    "test_eager.py",
+    "test_imports.py",
+    "test_integration.py",
+    "test_kernel.py::test_named_cases",
+    "test_backward.py::test_only_what_is_asked_for_is_computed",
+    "test_backward.py::test_checkpointing",
+    "test_launch.py",
+    "test_pipelines.py",
+    "test_registered.py",
+    "test_upstream.py",
 )
-"""Of the tests: what asks torch, triton and diffusers for something that another version may answer otherwise."""
-WITHOUT_TRITON = ("demo.py", "eager.py", "imports.py", "upstream.py")
+"""Below tests/: what asks torch, triton and diffusers for something that another version may answer otherwise."""
+WITHOUT_TRITON = ("cli/test_demo.py", "test_eager.py", "test_imports.py", "test_upstream.py")
 TOOLS = ("accelerate", "hypothesis", "peft", "pytest", "pytest-xdist", "sentencepiece")
 
 
@@ -81,7 +81,7 @@ def main() -> int:
     subprocess.run([python, "--version"], check=True)
     subprocess.run([*pip, "list", "--exclude-editable", "--format", "freeze"], check=True)
 
-    quick = [f"tests/test_{name}" for name in corner.tests]
+    quick = [f"tests/{name}" for name in corner.tests]
     tests = options.tests or (["--numprocesses=2"] if options.all else quick)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "HIP_VISIBLE_DEVICES": "-1"}
     return subprocess.run([python, "-m", "pytest", "-m", "not slow", *tests], env=environment, check=False).returncode

@@ -19,6 +19,7 @@ import argparse
 import itertools
 import json
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable
@@ -34,6 +35,7 @@ import ipa_kernels
 from ipa_kernels.benchmarking import unet_step
 from ipa_kernels.benchmarking.timing import first_line, gate, interleaved, machine_facts
 from ipa_kernels.benchmarking.unet_step import VARIANTS, compared_in_float64
+from ipa_kernels.cli.tables import table
 from ipa_kernels.testing.unet_models import MODELS, Inputs, Model, build, clone, load
 
 MODES = {"eager": "eager", "graphed": "eager", "compiled": "compiled", "prepared": "compiled"}
@@ -182,22 +184,22 @@ def main() -> int:
                 MODELS[name], arguments.adapters, arguments.modes, dtype, device, arguments.rounds, arguments.compile_seconds
             )
         document["models"][name] = {"rows": rows, "ratios": key_ratios(rows)}
-        print(_table(name, document["models"][name]), flush=True)
+        print(_text(name, document["models"][name]), flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     rows = [row for entry in document["models"].values() for row in entry["rows"]]
     return 0 if all(row.get("within", True) for row in rows) else 1
 
 
-def _table(name: str, entry: dict[str, Any]) -> str:
-    lines = [f"{name}: one step, batch 2"]
+def _text(name: str, entry: dict[str, Any]) -> str:
+    rows = []
     for row in entry["rows"]:
-        median = f"{1e3 * row['seconds']['median']:9.2f} ms" if row["seconds"] else f"{'-':>9}   "
+        median = f"{1e3 * row['seconds']['median']:.2f} ms" if row["seconds"] else "-"
         layers = ", ".join(f"{count} {impl}" for impl, count in row.get("layers", {}).items() if count)
         notes = "; ".join(filter(None, [row["reason"], layers, *row.get("why not the kernel", [])]))
-        lines.append(f"  {row['variant']:13} {row['state']:8} {row['mode']:9} {median}  {notes}")
-    lines += [f"  {label}: {ratio:.3f}" for label, ratio in entry["ratios"].items()]
-    return "\n".join(lines)
+        rows.append([row["variant"], row["state"], row["mode"], median, notes])
+    ratios = (f"  {label}: {ratio:.3f}" for label, ratio in entry["ratios"].items())
+    return "\n".join([f"{name}: one step, batch 2", textwrap.indent(table(rows), "  "), *ratios])
 
 
 if __name__ == "__main__":

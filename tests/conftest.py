@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,16 +43,6 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of `saved_weights.save`; nothing is changed in it."""
-    from .saved_weights import save
-
-    folder = tmp_path_factory.mktemp("weights")
-    save(folder)
-    return folder
-
-
 @pytest.fixture
 def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The test runs in an empty folder, on one thread: cores are shared, and threads that wait for each other are slow."""
@@ -61,31 +51,6 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def mistake(capsys: pytest.CaptureFixture[str], empty_folder: None) -> Callable[..., str]:
-    """Runs a command line that has to fail as a user's mistake does, with nothing written, and returns its one line.
-
-    Progress bars may come before it.
-    """
-    from ipa_kernels import cli
-
-    def run(*arguments: object) -> str:
-        capsys.readouterr()
-        before = sorted(Path().iterdir())
-        try:
-            code: object = cli.main([*map(str, arguments)])
-        except SystemExit as stop:
-            code = stop.code
-        lines = [line for line in capsys.readouterr().err.splitlines() if line and "it/s]" not in line]
-        assert code == 2
-        assert len(lines) == 1, lines
-        assert lines[0].startswith("ipa-kernels")
-        assert sorted(Path().iterdir()) == before
-        return lines[0]
-
-    return run
 
 
 @pytest.fixture(autouse=True)

@@ -42,8 +42,7 @@ def page_name(page: Path) -> str:
 
 
 @pytest.fixture
-def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
+def empty_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -51,7 +50,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the pages show what a machine without a GPU prints")
 @pytest.mark.parametrize("page", [page for page in pages() if blocks(page)], ids=page_name)
-def test_blocks_run(page: Path, empty_folder: None) -> None:
+def test_blocks_run(page: Path, empty_folder: None, empty_compiler: None) -> None:
     """In the order of the page, in one namespace; text blocks are what was printed."""
     user = User()
     with without_hub_and_gpu(page_name(page)):
@@ -200,7 +199,7 @@ def test_pictures_are_well_formed_and_described() -> None:
         assert "prefers-color-scheme: dark" in picture.read_text(encoding="utf-8")
 
 
-def test_the_tests_of_blocks_can_fail(tmp_path: Path, empty_folder: None) -> None:
+def test_the_tests_of_blocks_can_fail(tmp_path: Path, empty_folder: None, empty_compiler: None) -> None:
     """Code that raises, output that differs, options, targets, extras and modules that do not exist."""
     page = tmp_path / "page.md"
 

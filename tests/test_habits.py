@@ -44,7 +44,7 @@ def test_the_constraints_of_a_corner(matrix: ModuleType) -> None:
 def test_corners_name_tests_that_are_there(matrix: ModuleType) -> None:
     for corner in matrix.CORNERS.values():
         for name in corner.tests:
-            file, _, test = f"test_{name}".partition("::")
+            file, _, test = name.partition("::")
             assert f"def {test}(" in (HOUSE / "tests" / file).read_text() if test else (HOUSE / "tests" / file).exists()
 
 

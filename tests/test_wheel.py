@@ -216,7 +216,7 @@ def test_a_source_tree_that_is_not_installed_has_a_version(tmp_path: Path) -> No
     assert run(*command, "--version", folder=tmp_path) == "ipa-kernels 0+uninstalled\n"
     doctor = run(*command, "doctor", folder=tmp_path, status=1)
     assert "ipa-kernels runs from a source tree that is not installed: versions are not checked" in doctor
-    assert "torch cannot be imported: ModuleNotFoundError: No module named 'torch'" in doctor
+    assert "torch cannot be imported: ModuleNotFoundError: torch\n" in doctor
 
 
 @pytest.mark.slow

@@ -2,22 +2,21 @@
 
 import contextlib
 import errno
-import importlib
 import io
 import os
 import sys
-from types import ModuleType
+from collections.abc import Callable
+from typing import Any
 
 from .. import __version__
-from ..commands.errors import UserError, why
-from ..commands.imports import quiet_imports
 from . import bench, demo, doctor, generate, verify
 from .arguments import USER_ERROR, Parser
+from .errors import UserError, why
 
 INTERRUPTED, CLOSED = 130, 141
 """Exit statuses of a shell for what SIGINT and SIGPIPE end."""
 
-_COMMANDS = (demo, generate, doctor, verify, bench)
+_COMMANDS = (demo.add, generate.add, doctor.add, verify.add, bench.add)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,11 +29,11 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # a file name that the terminal cannot show is no reason to fail
             stream.reconfigure(errors="backslashreplace")
-    options = vars(_parser().parse_args(argv))
-    name, extra = options.pop("command"), options.pop("extra")
+    values = vars(_parser().parse_args(argv))
+    name: str = values.pop("command")
+    run: Callable[[dict[str, Any]], int] = values.pop("run")
     try:
-        command = _imported(name, extra)
-        status = int(command.run(command.Options(**options)))
+        status = run(values)
         sys.stdout.flush()
         return status
     except UserError as error:
@@ -53,14 +52,6 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(name, why(error))
 
 
-def _imported(name: str, extra: str) -> ModuleType:
-    try:
-        with quiet_imports():
-            return importlib.import_module(f"ipa_kernels.commands.{name}")
-    except ModuleNotFoundError as error:
-        raise UserError(f"{error}; what it needs: pip install 'ipa-kernels[{extra}]'") from error
-
-
 def _fail(command: str, message: str) -> int:
     print(f"ipa-kernels {command}: {message}", file=sys.stderr)
     return USER_ERROR
@@ -70,6 +61,6 @@ def _parser() -> Parser:
     parser = Parser(prog="ipa-kernels", description="IP-Adapters (image prompts) in diffusers, one kernel per attention layer.")
     parser.add_argument("--version", action="version", version=f"ipa-kernels {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in _COMMANDS:
-        command.add(commands)
+    for add in _COMMANDS:
+        add(commands)
     return parser

@@ -1,18 +1,24 @@
-"""What the commands' parsers share: options that mean the same everywhere. argparse only."""
+"""What the commands' parsers share: options that mean the same everywhere, and their defaults. argparse only."""
 
 import argparse
 import math
 import re
 from collections.abc import Callable
-from typing import Any, NoReturn
-
-from ..commands.defaults import IMAGE_ENCODER
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 USER_ERROR = 2
+"""The exit status of a user's mistake."""
+
+PROMPT = "a lighthouse by the sea at sunset"
+SCALE = 0.8
+IMAGE_ENCODER = "image_encoder"
 WEIGHT_HELP = (
     "the weight file inside --ip-adapter, such as models/ip-adapter-plus_sd15.safetensors (default: the only one in the "
     "folder, else the base adapter for the model, where h94/IP-Adapter has it)"
 )
+
+
+Options = TypeVar("Options")
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,21 +33,36 @@ class Parser(argparse.ArgumentParser):
         self.exit(USER_ERROR, f"{self.prog}: {message} (--help lists the options)\n")
 
 
-def add_command(commands: Any, name: str, *, extra: str, help: str, description: str, epilog: str | None = None) -> Any:
-    """The parser of the command whose work is `ipa_kernels.commands.NAME`; `extra` installs what it imports."""
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+"""Where a command adds its parser."""
+
+Group: TypeAlias = argparse._ArgumentGroup
+
+
+def add_command(
+    commands: Commands,
+    name: str,
+    options: Callable[..., Options],
+    run: Callable[[Options], int],
+    *,
+    help: str,
+    description: str,
+    epilog: str | None = None,
+) -> Parser:
+    """The parser of a command. `run` is called with `options` made of what was parsed, and returns the exit status."""
     command = commands.add_parser(name, help=help, description=description, epilog=epilog)
-    command.set_defaults(command=name, extra=extra)
+    command.set_defaults(command=name, run=lambda values: run(options(**values)))
     return command
 
 
-def add_weights(command: Any) -> None:
-    """--model, --ip-adapter and what belongs to them, for one adapter; `commands.loading` reads them."""
+def add_weights(command: Parser) -> None:
+    """--model, --ip-adapter and what belongs to them, for one adapter; `loading` reads them."""
     weights = add_model(command)
     weights.add_argument("--ip-adapter", metavar="PATH", help="its IP-Adapter: a weight file, a folder or a hub id")
     weights.add_argument("--ip-adapter-weight", metavar="FILE", help=WEIGHT_HELP)
 
 
-def add_model(command: Any) -> Any:
+def add_model(command: Parser) -> Group:
     """--model and --image-encoder; returns their group."""
     weights = command.add_argument_group("real weights")
     weights.add_argument("--model", metavar="PATH", help="a text-to-image pipeline with a UNet: a folder or a hub id")
@@ -55,8 +76,8 @@ def add_model(command: Any) -> Any:
     return weights
 
 
-def add_machine(command: Any, *, several: bool = False) -> Any:
-    """--device and --dtype, of which there may be several; `commands.machine` checks them. Returns their group."""
+def add_machine(command: Parser, *, several: bool = False) -> Group:
+    """--device and --dtype, of which there may be several; `device` checks them. Returns their group."""
     machine = command.add_argument_group("the machine")
     machine.add_argument("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
     machine.add_argument(

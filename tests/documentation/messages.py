@@ -25,7 +25,7 @@ def messages() -> dict[str, str]:
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).as_posix()
         if name not in NOT_FOR_USERS:
-            for line, text in _of_module(path, only_raised=name.startswith(("commands/", "cli/"))):
+            for line, text in _of_module(path, only_raised=name.startswith("cli/")):
                 found.setdefault(text, f"{name}:{line}")
     return found
 

@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.loaders import IPAdapterMixin
 from PIL import Image
 
-from ipa_kernels.commands.pictures import draw_reference
+from ipa_kernels.cli.pictures import draw_reference
 from ipa_kernels.testing import tiny_pipelines
 
 from ..zoo.life import Life, lora
