@@ -1,17 +1,21 @@
 """From tensors to the arguments of a launch, and what is settled once for many of them."""
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ipa_kernels import decoupled_attention
-from ipa_kernels.kernels import launch, launch_table
+from ipa_kernels import UnsupportedError, decoupled_attention
+from ipa_kernels.kernels import launch, launch_table, launch_table_backward
+from ipa_kernels.kernels.launch_table import INTERPRETED
 from ipa_kernels.kernels.variant import source
 
 CPU = torch.device("cpu")
+OP = sys.modules["ipa_kernels.ops.decoupled_attention"]
 
 
 class Recorder:
@@ -82,6 +86,100 @@ def test_a_launch_passes_what_was_compiled(
     assert named["q_strides"] == dict(zip(asked.signature, same_arguments, strict=True))["q_strides"]
 
 
+def sparse(path: Path, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Zeros as a file with holes: nothing of it exists but the pages that are written."""
+    with path.open("wb") as file:
+        file.truncate(size * torch.finfo(dtype).bits // 8)
+    return torch.from_file(str(path), shared=True, size=size, dtype=dtype)
+
+
+def apart(values: Tensor, path: Path, stride: int, step: int = 1) -> Tensor:
+    """The same values [B, n], row by row so far apart, and `step` within a row."""
+    rows, columns = values.shape
+    view = sparse(path, (rows - 1) * stride + (columns - 1) * step + 1, values.dtype).as_strided(values.shape, (stride, step))
+    return view.copy_(values)
+
+
+@pytest.mark.parametrize("stride", [2**31 - 1, 2**31, 2**32 + 100])
+@pytest.mark.parametrize("what", ["mask", "scales", "a mask of one query", "scales of one branch", "one row of mask", "both"])
+def test_rows_of_weights_that_are_far_apart(what: str, stride: int, tmp_path: Path, device: torch.device) -> None:
+    """A launch takes 32 bits: beyond, it would get the lowest of them, and read elsewhere."""
+    if device.type != "cpu":
+        pytest.skip("needs memory that is not there")
+    batch = 1 if what == "one row of mask" else 2
+    queries = 1 if what == "a mask of one query" else 40
+    query, key = torch.randn(batch, 2, queries, 16), torch.randn(batch, 2, 5, 16)
+    images = [key] if what == "scales of one branch" else [key, key]
+    scales, mask = torch.rand(batch, len(images)), torch.rand(batch, queries)
+    expected = decoupled_attention(
+        query, key, key, images, images, image_scales=scales, image_masks=[mask, None][: len(images)]
+    )
+    if what != "mask":
+        scales = apart(scales, tmp_path / "scales", stride)
+    if what != "scales":
+        mask = apart(mask, tmp_path / "mask", stride, 3 if what == "both" else 1)
+    masks = (mask, None)[: len(images)]
+    prepared = launch.Launch(
+        query.shape, (key, *[key] * len(images)), (key, *[key] * len(images)), scales, masks, 0.25, False, INTERPRETED
+    )
+    _, _, scale_stride, mask_strides, *_ = prepared.numbers
+    assert all(0 <= number < 2**31 for number in (scale_stride, *mask_strides))
+    torch.testing.assert_close(prepared(query), expected)
+    _, _, read_scales, read_masks = prepared.tensors
+    if stride < 2**31 and what in ("mask", "scales"):
+        assert read_scales is scales, "copied without need"
+        assert read_masks[0] is mask, "copied without need"
+
+
+@pytest.mark.parametrize("which", ["batch", "head", "row"])
+def test_keys_that_are_far_apart(which: str, tmp_path: Path, device: torch.device) -> None:
+    if device.type != "cpu":
+        pytest.skip("needs memory that is not there")
+    query, key = torch.randn(2, 2, 40, 16), torch.randn(2, 2, 3, 16)
+    expected = decoupled_attention(query, key, key, [key], [key])
+    limit = {"batch": 2**33, "head": 2**33, "row": 2**24}[which]
+    for stride in (limit - 4, limit):
+        strides = {"batch": (stride, 64, 16), "head": (64, stride, 16), "row": (2**28, 16, stride)}[which]
+        need = strides[0] + strides[1] + 2 * strides[2] + 16
+        far = sparse(tmp_path / f"{stride}", need).as_strided(key.shape, (*strides, 1)).copy_(key)
+        assert (launch.readable(far, 4) is far) == (stride < limit)
+        prepared = launch.Launch(query.shape, (far, far), (far, far), torch.ones(1, 1), (None,), 0.25, False, INTERPRETED)
+        assert all(0 <= number < 2**31 for strides in prepared.numbers[0] for number in strides)
+        torch.testing.assert_close(prepared(query), expected)
+
+
+def test_a_tile_is_addressed_in_32_bits() -> None:
+    """Rows of it are less than 2**24 elements apart: see `readable`, and `call_reasons` for what is stored packed."""
+    configs = [row.config for table in (launch_table.TABLE, launch_table_backward.TABLE) for row in table]
+    for config in [*configs, INTERPRETED]:
+        assert (max(config.block_m, config.block_n) - 1) * (2**24 - 1) + launch_table.LARGEST_HEAD_DIM < 2**31
+
+
+@pytest.mark.parametrize(
+    ("shape", "keys", "reason"),
+    [
+        ((65536, 1, 1, 8), 1, "batch 65536: a GPU grid ends at 65535"),
+        (
+            (1, 2**20, 1, 16),
+            1,
+            "heads 1048576: times the head dim, 16, that is 16777216, and the kernel's rows end below 16777216",
+        ),
+        ((1, 1, 2**31, 8), 1, r"query \[1, 1, 2147483648, 8\]: a row of the batch has 32 GiB or more"),
+        ((1, 1, 1, 8), 2**31, r"value \[1, 1, 2147483648, 8\]: a row of the batch has 32 GiB or more"),
+    ],
+)
+def test_sizes_beyond_32_bits_are_refused(
+    shape: tuple[int, ...], keys: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def repeated(*shape: int) -> Tensor:
+        return torch.zeros(shape[3], dtype=torch.float16).as_strided(shape, (0, 0, 0, 1))
+
+    query, key = repeated(*shape), repeated(*shape[:2], keys, shape[3])
+    monkeypatch.setattr(OP, "prepare", lambda problem: pytest.fail("not refused"))
+    with pytest.raises(UnsupportedError, match=reason):
+        decoupled_attention(query, key, key, [key], [key], impl="triton")
+
+
 def shifted(tensor: Tensor, by: int) -> Tensor:
     """The same values, their base `by` elements into an allocation."""
     memory = torch.empty(tensor.numel() + by, dtype=tensor.dtype, device=tensor.device)
@@ -117,7 +215,7 @@ def test_what_is_not_aligned_gives_the_same_bits(which: str, how: str, dtype: to
 
 def test_a_packed_query_that_is_not_contiguous_gives_the_same_bits(device: torch.device) -> None:
     key = torch.randn(1, 2, 16, 32, device=device)
-    config = launch_table.INTERPRETED if device.type == "cpu" else None
+    config = INTERPRETED if device.type == "cpu" else None
     if config is None:
         from ipa_kernels.ops.support import launch_config
 
