@@ -1,18 +1,24 @@
 """From tensors to the arguments of a launch, and what is settled once for many of them."""
 
+import itertools
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from ipa_kernels import UnsupportedError, decoupled_attention
-from ipa_kernels.kernels import launch, launch_table, launch_table_backward
+from ipa_kernels.kernels import launch, launch_backward, launch_table, launch_table_backward
 from ipa_kernels.kernels.launch_table import INTERPRETED
-from ipa_kernels.kernels.variant import source
+from ipa_kernels.kernels.variant import source, variant
+from ipa_kernels.kernels.variant_backward import Wanted
 
 CPU = torch.device("cpu")
 OP = sys.modules["ipa_kernels.ops.decoupled_attention"]
@@ -227,12 +233,133 @@ def test_a_packed_query_that_is_not_contiguous_gives_the_same_bits(device: torch
     assert torch.equal(prepared.packed(shifted(query, 1)), prepared.packed(query))
 
 
+class Compiler:
+    """In the place of `triton.compile`: takes its time, fails as often as it is told to, and knows what it made and loaded."""
+
+    def __init__(self) -> None:
+        self.made: list[Any] = []
+        self.calls = self.failures = 0
+        self.go_on = threading.Event()
+        self.go_on.set()
+        self.began = threading.Event()
+        self.meanwhile: Callable[[], object] = lambda: None
+
+    def __call__(self, source: Any, options: Any) -> Any:
+        self.calls += 1
+        self.began.set()
+        assert self.go_on.wait(20), "deadlock"
+        time.sleep(0.05)
+        self.meanwhile()
+        if self.calls <= self.failures:
+            raise RuntimeError("ptxas: killed")
+        self.made.append(LoadedLate())
+        return self.made[-1]
+
+
+class LoadedLate:
+    """As what `triton.compile` returns: the module is loaded, with no lock, when a launch is first asked for."""
+
+    def __init__(self) -> None:
+        self.module: object = None
+        self.loads = 0
+
+    def __getitem__(self, grid: tuple[int, ...]) -> object:
+        if self.module is None:
+            self.loads += 1
+            time.sleep(0.05)
+            self.module = object()
+        return self.module
+
+
+DEVICES = itertools.count(1000)
+"""None of them twice: what is compiled for one stays."""
+
+
+@pytest.fixture(params=[launch, launch_backward], ids=["forward", "backward"])
+def compiled(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """The kernel of a module for a device of this number, on its first use from `triton.compile`."""
+    made_for = variant("float16", 40, (77, 4), (None,), False, launch_table.find("sm_80", 16, 40, 99))
+    wanted = [] if request.param is launch else [Wanted((True, True), (True, True), (False,))]
+    return lambda number: request.param._compiled(made_for, *wanted, torch.device("cuda", number))
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    found = Compiler()
+    monkeypatch.setattr(triton, "compile", found)
+    return found
+
+
+def at_once(count: int, call: Callable[[], object]) -> list[object]:
+    """What the call returns, or raises, in each of so many threads that begin together."""
+    barrier = threading.Barrier(count)
+
+    def run() -> object:
+        barrier.wait()
+        try:
+            return call()
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        return [future.result(timeout=30) for future in [pool.submit(run) for _ in range(count)]]
+
+
+def test_the_first_calls_of_many_threads_compile_and_load_once(compiled: Callable[..., Any], compiler: Compiler) -> None:
+    """Else each keeps a module of its own, and Triton 3.9 unloads those that lose, maybe while a kernel of theirs runs."""
+    number = next(DEVICES)
+    found = at_once(8, lambda: (compiled(number), compiled(number)[(1, 1, 1)]))
+    assert compiler.calls == 1
+    assert len({id(kernel) for kernel, _ in found}) == 1
+    assert len({id(module) for _, module in found}) == 1
+    assert compiler.made[0].loads == 1
+
+
+def test_a_compilation_that_fails_is_tried_again(compiled: Callable[..., Any], compiler: Compiler) -> None:
+    number, compiler.failures = next(DEVICES), 3
+    found = at_once(8, lambda: compiled(number))
+    assert sum(isinstance(one, RuntimeError) for one in found) == 3, "one thread each"
+    assert len({id(one) for one in found if not isinstance(one, RuntimeError)}) == 1
+    assert compiled(number) is compiler.made[0]
+    assert compiler.calls == 4
+
+
+def test_what_is_compiled_does_not_wait_for_what_is_being_compiled(compiled: Callable[..., Any], compiler: Compiler) -> None:
+    ready, late = next(DEVICES), next(DEVICES)
+    kernel = compiled(ready)
+    compiler.go_on.clear()
+    compiler.began.clear()
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(compiled, late)
+        assert compiler.began.wait(20)
+        try:
+            assert pool.submit(compiled, ready).result(timeout=20) is kernel
+            assert not waiting.done()
+        finally:
+            compiler.go_on.set()
+        assert waiting.result(timeout=20) is compiler.made[1]
+
+
+def test_a_compiler_may_compile(compiled: Callable[..., Any], compiler: Compiler) -> None:
+    """Its hooks run what they like: another kernel, and this one."""
+    number, other = next(DEVICES), next(DEVICES)
+
+    def meanwhile() -> None:
+        compiler.meanwhile = lambda: None
+        inner.extend([compiled(other), compiled(number)])
+
+    inner: list[Any] = []
+    compiler.meanwhile = meanwhile
+    assert at_once(1, lambda: compiled(number)) == [inner[1]], "the first that was given out stays"
+    assert compiled(other) is inner[0]
+
+
 @pytest.mark.gpu
 def test_nothing_is_specialised_on_values(device: torch.device) -> None:
     """One compilation for queries, batches and strides of any size."""
-    launch._compiled.cache_clear()
+    launch._compiled.kernels.clear()
     for batch, queries in ((1, 16), (2, 17), (3, 64)):
         query = torch.randn(batch, 4, queries, 64, device=device, dtype=torch.float16)
         key = torch.randn(1, 4, 77, 64, device=device, dtype=torch.float16)
         decoupled_attention(query, key, key, [key[:, :, :4]], [key[:, :, :4]], impl="triton")
-    assert launch._compiled.cache_info().misses == 1
+    assert len(launch._compiled.kernels) == 1
