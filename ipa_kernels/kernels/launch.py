@@ -1,6 +1,5 @@
 """Launch the kernel. What does not change from call to call is settled once, and nothing is validated: see `ops`."""
 
-import functools
 import math
 from typing import Any
 
@@ -9,6 +8,7 @@ import triton
 from torch import Tensor
 
 from ..dtypes import dtype_name
+from .compiled import Compiled
 from .decoupled_attention import decoupled_attention_kernel
 from .launch_table import LaunchConfig, options
 from .variant import INTERPRETED, Variant, source, variant, vector
@@ -95,7 +95,7 @@ class Launch:
         self._compiled[self._grid](out, query, *self.tensors, strides, *self._after)
 
 
-@functools.cache
+@Compiled
 def _compiled(variant: Variant, device: torch.device) -> Any:
     """Compiled for, and loaded on, the current device; from Triton's cache on disk where it has been compiled before."""
     return triton.compile(source(variant), options=options(variant.config))
