@@ -131,7 +131,8 @@ def measure_model(
                 stock = expected.get(MODES[mode])
                 row |= {"within": False} if stock is None else gate(out, stock, truth)
                 if not row["within"]:
-                    row["reason"] = "not timed: outside the error budget"
+                    nothing = row.get("proves nothing")
+                    row["reason"] = f"not timed: {'stock proves nothing' if nothing else 'outside the error budget'}"
                     continue
             runs[candidate.name] = candidate
     for name, timing in interleaved(runs, device, rounds).items():

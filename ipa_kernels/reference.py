@@ -77,7 +77,9 @@ def stock_attention(
 def largest_score(query: Tensor, keys: Sequence[Tensor], scale: float | None = None) -> float:
     """The largest |Q·Kᵗ·scale| over all branches, in float64."""
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return max(float((query.double() @ key.double().transpose(-1, -2) * scale).abs().max()) for key in keys)
+    scores = [(query.double() @ key.double().transpose(-1, -2) * scale).abs().max() for key in keys]
+    # by torch, whose maximum is NaN where any is
+    return float(torch.stack(scores).max())
 
 
 @dataclass(frozen=True)
@@ -92,15 +94,22 @@ class Comparison:
     allowed_max: float
 
     @property
+    def proves_nothing(self) -> bool:
+        """Whether stock, float64 or the scores are not finite: what is allowed is then no measure of anything."""
+        return not all(map(math.isfinite, (self.stock_rms, self.stock_max, self.allowed_rms, self.allowed_max)))
+
+    @property
     def within(self) -> bool:
-        """Whether the result is as close to float64 as promised; False where it is NaN."""
-        return self.rms <= self.allowed_rms and self.max <= self.allowed_max
+        """Whether the result is as close to float64 as promised; False where it is NaN, and where nothing is proved."""
+        return not self.proves_nothing and self.rms <= self.allowed_rms and self.max <= self.allowed_max
 
     def __str__(self) -> str:
-        verdict = "within" if self.within else "EXCEEDS"
+        verdict = "within the budget" if self.within else "EXCEEDS the budget"
+        if self.proves_nothing:
+            verdict = "PROVES NOTHING, as stock, float64 or the scores are not finite"
         return (
             f"rms {self.rms:.3e} (stock {self.stock_rms:.3e}, allowed {self.allowed_rms:.3e}), "
-            f"max {self.max:.3e} (stock {self.stock_max:.3e}, allowed {self.allowed_max:.3e}): {verdict} the budget"
+            f"max {self.max:.3e} (stock {self.stock_max:.3e}, allowed {self.allowed_max:.3e}): {verdict}"
         )
 
 
@@ -109,7 +118,7 @@ def compare(actual: Tensor, stock: Tensor, truth: Tensor, *, score: float = 1.0,
 
     `actual` and `stock` share a dtype, and all three a shape; `score` is `largest_score` of the inputs and matters in
     float32 only; `text_only` says that no image branch contributes. The allowance is a statement about error statistics:
-    use it over at least 1,000 values.
+    use it over at least 1,000 values. Where stock, the truth or `score` is not finite, the comparison proves nothing.
 
     float16, bfloat16: rms ≤ 1.0 × stock's (text alone 1.05 ×), max ≤ 1.5 × stock's.
     float32: rms ≤ the larger of 1.2 × stock's and 4 eps · rms(truth) · max(1, score), max ≤ 2 × stock's.
@@ -126,8 +135,9 @@ def compare(actual: Tensor, stock: Tensor, truth: Tensor, *, score: float = 1.0,
     rms, largest = _distance(actual, truth)
     stock_rms, stock_largest = _distance(stock, truth)
     if actual.dtype == torch.float32:
-        floor = 4 * torch.finfo(torch.float32).eps * float(truth.square().mean().sqrt()) * max(1.0, score)
-        allowed_rms, allowed_max = max(1.2 * stock_rms, floor), 2 * stock_largest
+        floor = 4 * torch.finfo(torch.float32).eps * float(truth.square().mean().sqrt()) * max(score, 1.0)
+        # the floor first: where it is NaN, so is the maximum
+        allowed_rms, allowed_max = max(floor, 1.2 * stock_rms), 2 * stock_largest
     else:
         allowed_rms, allowed_max = (1.05 if text_only else 1.0) * stock_rms, 1.5 * stock_largest
     return Comparison(rms, largest, stock_rms, stock_largest, allowed_rms, allowed_max)
@@ -146,10 +156,11 @@ def compare_call(
     """`compare` for results, by name, of one call of `decoupled_attention`; the truth is computed here, once for all."""
     exact = (query.double(), key.double(), value.double(), [k.double() for k in image_keys], [v.double() for v in image_values])
     truth = decoupled_attention(*exact, **options)
-    score = largest_score(query, (key, *image_keys), options.get("scale"))
     # branches of scale 0 contribute nothing, errors included
-    text_only = not image_keys or not torch.as_tensor(options.get("image_scales", 1.0)).any()
-    return {name: compare(r, stock, truth, score=score, text_only=text_only) for name, r in results.items()}
+    scales = torch.as_tensor(options.get("image_scales", 1.0)).expand(query.shape[0], len(image_keys))
+    contributing = [image_key for image_key, scale in zip(image_keys, scales.any(0), strict=True) if scale]
+    score = largest_score(query, (key, *contributing), options.get("scale"))
+    return {name: compare(r, stock, truth, score=score, text_only=not contributing) for name, r in results.items()}
 
 
 def kept(draws: Sequence[Comparison]) -> bool:
@@ -157,10 +168,10 @@ def kept(draws: Sequence[Comparison]) -> bool:
 
     The rms of the errors is a steady figure and counts in every draw. The largest of them is not: in float32 its ratio to
     stock's largest has a standard deviation of 0.2 to 0.3 (log), so that one draw in some hundred exceeds the promised 2 by
-    chance. Of three draws or more, one may; of fewer, none.
+    chance. Of three draws or more, one may; of fewer, none. None may prove nothing.
     """
     beyond = sum(not draw.within for draw in draws)
-    steady = bool(draws) and all(draw.rms <= draw.allowed_rms for draw in draws)
+    steady = bool(draws) and all(draw.rms <= draw.allowed_rms and not draw.proves_nothing for draw in draws)
     return steady and beyond <= (len(draws) >= 3)
 
 

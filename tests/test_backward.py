@@ -86,12 +86,14 @@ def exceeding(inputs: Inputs, upstream: Tensor, **options: float) -> dict[str, s
         # of a single query, dK and dV are single products: their errors are roundings, as stock's
         if gradient.numel() >= ENOUGH and inputs.query.shape[2] > 1:
             compared = reference.compare(gradient, stock[name], truth[name], score=score)
+            assert not compared.proves_nothing, f"{name}: {compared}"
             assert compared.rms <= compared.allowed_rms, f"{name}: {compared}"
             if not compared.within:
                 found[name] = str(compared)
         else:
             # a sum of few values may be small beside its summands by chance, and its error large beside the sum
             error, size = (gradient.double() - truth[name]).abs().max(), truth[name].abs().max()
+            assert torch.isfinite(size), f"{name}: float64 is not finite"
             if error > 32 * score * torch.finfo(gradient.dtype).eps * size:
                 found[name] = f"error {error:.2e}, largest value {size:.2e}"
     return found

@@ -16,7 +16,7 @@ import torch
 import ipa_kernels
 from benchmarks import attention, figures, generation, gpu_day, host, peers, plots, sweeps, training, unet_step
 from ipa_kernels import decoupled_attention, reference
-from ipa_kernels.benchmarking import device_time, timing
+from ipa_kernels.benchmarking import device_time
 from ipa_kernels.integration import schedule
 from ipa_kernels.testing import unet_models
 from ipa_kernels.testing.layer_cases import CASES
@@ -374,22 +374,6 @@ def test_a_red_unet_step_is_not_timed(mistake: str, tmp_path: Path, monkeypatch:
     assert (enabled["within"], enabled["seconds"]) == (False, None)
     assert enabled["reason"] == "not timed: outside the error budget"
     assert model["ratios"] == {}
-
-
-def test_the_gates_of_a_step() -> None:
-    truth = torch.randn(2, 4, 16, 16, dtype=torch.float64)
-    stock, better = truth.float() + 1e-4 * torch.randn_like(truth.float()), truth.float()
-    worse = truth.float() + 2e-4 * torch.randn_like(truth.float())
-    assert timing.gate(better, stock, truth)["within"]
-    assert not timing.gate(worse, stock, truth)["within"]
-    assert not timing.gate(torch.full_like(stock, float("nan")), stock, truth)["within"]
-    assert timing.gate(stock, stock.clone(), None, exact=True)["within"]
-    assert not timing.gate(better, stock, truth, exact=True)["within"]
-    assert not timing.gate(torch.full_like(stock, float("nan")), stock, None, exact=True)["within"]
-    half = stock.half()
-    assert timing.gate(half * 1.005, half, None)["within"]
-    assert not timing.gate(half * 1.1, half, None)["within"]
-    assert not timing.gate(torch.full_like(half, float("nan")), half, None)["within"]
 
 
 def numbers(text: str) -> set[str]:

@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from .test_imports import run as run_alone
+
 HOUSE = Path(__file__).parents[1]
 CI = (HOUSE / ".github" / "workflows" / "ci.yml").read_text()
 
@@ -30,8 +32,22 @@ def test_the_floors_are_the_oldest_versions_that_are_run(matrix: ModuleType) -> 
     floors = dict(line.partition(";")[0].split(">=") for line in required if ">=" in line)
     oldest = matrix.CORNERS["oldest"].versions
     assert {package: oldest[package].removesuffix(".0") for package in floors} == floors
-    told = (HOUSE / "ipa_kernels" / "integration.py").read_text()
-    assert f"older than {floors['diffusers']}, the oldest that was run" in told
+
+
+def test_who_has_no_diffusers_is_told_the_oldest_that_is_run() -> None:
+    extras = tomllib.loads((HOUSE / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (floor,) = (line.removeprefix("diffusers>=") for line in extras["diffusers"] if line.startswith("diffusers>="))
+    printed = run_alone(
+        """
+        import ipa_kernels
+        try:
+            ipa_kernels.enable(torch.nn.Linear(2, 2))
+        except ImportError as error:
+            print(error)
+        """,
+        "diffusers",
+    )
+    assert f"older than {floor}, the oldest that was run: pip install" in printed
 
 
 def test_the_constraints_of_a_corner(matrix: ModuleType) -> None:

@@ -8,6 +8,7 @@ import pickle
 import warnings
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -456,7 +457,20 @@ def test_an_adapter_of_scale_zero_is_not_even_projected() -> None:
     assert {name.rsplit(".", 1)[1] for name in projected} == {"1"}
 
 
-def test_clear_cache_takes_any_target_it_knows() -> None:
-    pipe = build("sd")
-    ipa_kernels.clear_cache(pipe)
-    ipa_kernels.clear_cache(pipe.unet)
+@pytest.mark.parametrize("target", [lambda pipe: pipe, lambda pipe: pipe.unet], ids=["pipeline", "UNet"])
+def test_clear_cache_counts_from_zero_again_and_leaves_the_rest(target: Callable[[Any], Any]) -> None:
+    pipe = build("sd", ("base",))
+    before = {name: dict(vars(module)) for name, module in pipe.unet.named_modules()}
+    ipa_kernels.clear_cache(target(pipe))
+    assert {name: dict(vars(module)) for name, module in pipe.unet.named_modules()} == before, "it is not enabled"
+    with torch.no_grad():
+        expected = forward(pipe.unet)
+        ipa_kernels.enable(pipe)
+        forward(pipe.unet)
+        assert ipa_kernels.explain(pipe).cache.misses > 0
+        ipa_kernels.clear_cache(target(pipe))
+        report = ipa_kernels.explain(pipe)
+        assert (report.cache.hits, report.cache.misses, report.cache.bytes) == (0, 0, 0)
+        assert report.enabled
+        assert torch.equal(forward(pipe.unet), expected)
+        assert ipa_kernels.explain(pipe).cache.misses > 0

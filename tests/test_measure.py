@@ -24,6 +24,111 @@ def test_candidates_take_turns() -> None:
         timing.interleaved(calls, CPU, rounds=0)
 
 
+def step(seed: int, dtype: torch.dtype = torch.float16) -> tuple[torch.Tensor, torch.Tensor]:
+    """(stock's step, its truth): what is between them is one rounding to the dtype."""
+    truth = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return truth.to(dtype), truth
+
+
+def off(expected: torch.Tensor, relative: float) -> torch.Tensor:
+    """Every value too large or too small by this share of their root mean square."""
+    size = float(expected.double().square().mean().sqrt())
+    signs = torch.ones_like(expected, dtype=torch.float64)
+    signs.flatten()[::2] = -1
+    return (expected.double() + relative * size * signs).to(torch.float64)
+
+
+def test_the_gate_lets_the_same_bits_pass() -> None:
+    expected, truth = step(0)
+    for reference_ in (None, truth):
+        for exact in (False, True):
+            found = timing.gate(expected.clone(), expected, reference_, exact=exact)
+            assert found["within"]
+            assert found["equal"]
+
+
+@pytest.mark.parametrize(("relative", "within"), [(0.99, True), (1.01, False)])
+@pytest.mark.parametrize("dtype", timing.RELATIVE, ids=str)
+def test_the_gate_without_float64_allows_what_the_dtype_allows(dtype: torch.dtype, relative: float, within: bool) -> None:
+    _, expected = step(0)
+    found = timing.gate(off(expected, relative * timing.RELATIVE[dtype]), expected, None, dtype)
+    assert found["within"] == within
+    assert not found["equal"]
+    assert found["relative to stock"] == pytest.approx(relative * timing.RELATIVE[dtype])
+    assert found["bound"] == timing.RELATIVE[dtype]
+
+
+def test_the_gate_knows_the_dtype_of_the_result() -> None:
+    expected = step(0, torch.bfloat16)[0]
+    assert timing.gate(off(expected, 5e-2).bfloat16(), expected, None)["within"]
+    assert not timing.gate(off(expected, 5e-2).float(), expected.float(), None)["within"]
+
+
+@pytest.mark.parametrize(("factor", "within"), [(1.24, True), (1.26, False)])
+def test_the_gate_with_float64_allows_what_stock_has(factor: float, within: bool) -> None:
+    """Not what the dtype allows: far less, where stock is near, and more, where stock is far."""
+    _, truth = step(0)
+    for distance in (1e-5, 0.5):
+        actual, expected = off(truth, factor * distance), off(truth, distance)
+        found = timing.gate(actual, expected, truth, torch.float16)
+        assert found["within"] == within
+        assert found["rms"] == pytest.approx(factor * found["stock_rms"])
+
+
+@pytest.mark.parametrize("with_truth", [False, True])
+def test_the_exact_gate_wants_the_same_bits(with_truth: bool) -> None:
+    expected, truth = step(0, torch.float32)
+    actual = expected.clone()
+    actual[0, 0, 0, 0] = torch.nextafter(actual[0, 0, 0, 0], torch.tensor(9.0))
+    assert not timing.gate(actual, expected, truth if with_truth else None, exact=True)["within"]
+    assert timing.gate(actual, expected, truth if with_truth else None)["within"]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("with_truth", [False, True])
+@pytest.mark.parametrize("what", ["inf in stock", "nan in stock", "nothing but zeros"])
+def test_a_step_that_proves_nothing_does_not_pass_the_gate(what: str, with_truth: bool, exact: bool) -> None:
+    """Whatever the result, stock's own included."""
+    expected, truth = step(0)
+    if what == "nothing but zeros":
+        expected, truth = torch.zeros_like(expected), torch.zeros_like(truth)
+    else:
+        expected[0, 0, 0, 0] = float(what[:3])
+    for actual in (expected, torch.zeros_like(expected), torch.full_like(expected, 6e4), truth.half()):
+        found = timing.gate(actual, expected, truth if with_truth else None, exact=exact)
+        assert not found["within"]
+        assert found["proves nothing"]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_truth_that_is_not_finite_proves_nothing(value: float) -> None:
+    expected, truth = step(0)
+    truth[0, 0, 0, 0] = value
+    found = timing.gate(off(expected, 1e-3), expected, truth)
+    assert not found["within"]
+    assert found["proves nothing"]
+
+
+@pytest.mark.parametrize("with_truth", [False, True])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_result_that_is_not_finite_does_not_pass_the_gate(value: float, with_truth: bool) -> None:
+    expected, truth = step(0)
+    actual = expected.clone()
+    actual[0, 0, 0, 0] = value
+    found = timing.gate(actual, expected, truth if with_truth else None)
+    assert not found["within"]
+    assert not found["proves nothing"]
+
+
+def test_the_gate_wants_results_of_one_shape() -> None:
+    """One row would be compared with each of two."""
+    expected, truth = step(0)
+    with pytest.raises(ValueError, match=r"expected the shape of stock's result, \[2, 4, 16, 16\], got \[1, 4, 16, 16\]"):
+        timing.gate(expected[:1], expected, None)
+    with pytest.raises(ValueError, match=r"truth: expected the shape of stock's result"):
+        timing.gate(expected, expected, truth[:1])
+
+
 class FakeGraph:
     """A graph whose call takes a known time, and that notes who was replayed how often."""
 

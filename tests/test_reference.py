@@ -108,6 +108,41 @@ def test_nan_is_never_within() -> None:
     assert not reference.compare(actual, stock, truth).within
 
 
+@pytest.mark.parametrize("where", ["stock", "truth"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_case_that_is_not_finite_proves_nothing_and_says_so(dtype: torch.dtype, value: float, where: str) -> None:
+    """Whatever the result: stock's distance, from which allowances are made, is not a number then."""
+    truth = torch.ones(1000, dtype=torch.float64)
+    stock = torch.full((1000,), 1.1, dtype=dtype)
+    (stock if where == "stock" else truth)[3] = value
+    for actual in (torch.zeros_like(stock), torch.full_like(stock, 6e4), torch.ones_like(stock), stock):
+        found = reference.compare(actual, stock, truth)
+        assert found.proves_nothing
+        assert not found.within
+        assert "PROVES NOTHING" in str(found)
+        assert not reference.kept([found])
+
+
+def test_scores_that_are_not_finite_prove_nothing() -> None:
+    """In float32 they are a factor of what is allowed."""
+    truth, stock = torch.ones(1000, dtype=torch.float64), torch.full((1000,), 1.1)
+    for score in (float("inf"), float("nan")):
+        found = reference.compare(stock, stock, truth, score=score)
+        assert found.proves_nothing
+        assert not found.within
+    assert reference.compare(stock, stock, truth, score=1e6).within
+
+
+def test_an_exact_stock_allows_no_error() -> None:
+    truth = torch.zeros(1000, dtype=torch.float64)
+    stock = torch.zeros(1000, dtype=torch.float16)
+    actual = stock.clone()
+    assert reference.compare(actual, stock, truth).within
+    actual[3] = 1e-7
+    assert not reference.compare(actual, stock, truth).within
+
+
 def test_the_ruler_wants_comparable_things() -> None:
     values = torch.zeros(4)
     with pytest.raises(ValueError, match=r"truth: expected torch\.float64"):
@@ -186,3 +221,24 @@ def test_one_largest_error_of_three_draws_may_be_chance() -> None:
     assert not reference.kept([large, good, large])
     assert not reference.kept([good, good, steady])
     assert not reference.kept([])
+    nothing = replace(good, stock_max=float("inf"), allowed_max=float("inf"))
+    assert not reference.kept([good, nothing, good])
+
+
+@pytest.mark.parametrize(
+    "scales", [[0.0, 0.0], [0.6, 0.0], torch.tensor([0.6, 0.0]), torch.tensor([[0.6, 0.0], [0.1, 0.0]])],
+    ids=["none", "numbers", "tensor", "by row"],
+)  # fmt: skip
+def test_a_branch_of_scale_zero_allows_no_error(scales: list[float] | Tensor) -> None:
+    """Its keys may hold anything: large scores of it are no reason for large errors of the others."""
+    query, key = torch.randn(2, 2, 64, 8), torch.randn(2, 2, 5, 8)
+    exact = query.double(), key.double(), key.double(), [key.double()] * 2, [key.double()] * 2
+    truth = reference.decoupled_attention(*exact, image_scales=scales)
+    # one large error, whose size an error of all may have, were it not for the rms
+    stock = truth.float()
+    stock[0, 0, 0, 0] += 1e-3
+    results = {"right": truth.float(), "wrong": truth.float() + 1e-3}
+    for far in (1e6, float("inf"), float("nan")):
+        found = reference.compare_call(results, stock, query, key, key, [key, key * far], [key, key], image_scales=scales)
+        assert found["right"].within
+        assert not found["wrong"].within

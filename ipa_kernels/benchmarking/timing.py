@@ -6,6 +6,7 @@ what a caller waits for, launches included; `device_time` measures the time of t
 
 import functools
 import json
+import math
 import os
 import platform
 import statistics
@@ -61,16 +62,26 @@ def gate(
 ) -> dict[str, Any]:
     """Whether an enabled result is as good as the stock one, and the numbers that say so; never where it is NaN.
 
+    Stock's proves nothing where it, or the truth, is not finite, and where it is all zeros: then no result is within.
+
     truth: in float64, where there is one; dtype: in which it was computed, where the result has another; exact: whether only
     the same bits will do.
+
+    Raises ValueError where the shapes differ.
     """
-    equal = torch.equal(actual, expected)
+    _check_shape("result", actual, expected)
+    equal, size = torch.equal(actual, expected), _rms(expected.double())
     if exact or truth is None:
-        distance = _rms(actual.double() - expected.double()) / _rms(expected.double())
+        proves_nothing = not 0 < size < math.inf
+        distance = _rms(actual.double() - expected.double()) / (size or math.nan)
         bound = 0.0 if exact else RELATIVE[dtype or actual.dtype]
-        return {"within": equal or distance <= bound, "equal": equal, "relative to stock": distance, "bound": bound}
-    ours, stock = _rms(actual.double() - truth), _rms(expected.double() - truth)
-    return {"within": equal or ours <= SLACK * stock, "equal": equal, "rms": ours, "stock_rms": stock}
+        passed, numbers = not exact and distance <= bound, {"relative to stock": distance, "bound": bound}
+    else:
+        _check_shape("truth", truth, expected)
+        ours, stock = _rms(actual.double() - truth), _rms(expected.double() - truth)
+        proves_nothing = not (0 < size < math.inf and stock < math.inf)
+        passed, numbers = ours <= SLACK * stock, {"rms": ours, "stock_rms": stock}
+    return {"within": (equal or passed) and not proves_nothing, "proves nothing": proves_nothing, "equal": equal, **numbers}
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
@@ -136,6 +147,11 @@ def timing(seconds: list[float]) -> Timing:
     ordered = sorted(seconds)
     p20, p80 = ordered[len(ordered) // 5], ordered[(len(ordered) * 4) // 5]
     return Timing(statistics.median(ordered), p20, p80, len(ordered))
+
+
+def _check_shape(name: str, tensor: Tensor, expected: Tensor) -> None:
+    if tensor.shape != expected.shape:
+        raise ValueError(f"{name}: expected the shape of stock's result, {list(expected.shape)}, got {list(tensor.shape)}")
 
 
 def _rms(tensor: Tensor) -> float:

@@ -221,6 +221,8 @@ def _how_far(row: dict[str, Any]) -> str:
 
     if row["reason"]:
         return f"enabled fails where stock runs: {row['reason']}"
+    if row["proves nothing"]:
+        return "proves nothing: stock's result is not finite, or all zeros"
     if "rms" in row:
         return f"enabled is {row['rms']:.2g} from float64, stock {row['stock_rms']:.2g}; allowed: {SLACK} times stock's"
     return f"enabled differs from stock by {row['relative to stock']:.2g} (relative, rms); allowed: {row['bound']:g}"

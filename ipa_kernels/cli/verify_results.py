@@ -33,7 +33,7 @@ class Finding:
     @property
     def verdict(self) -> str:
         """In a word or two; in capitals where it is against."""
-        if self.error:
+        if self.error or any(draw.proves_nothing for draw in self.draws):
             return "NOT VERIFIED"
         if not self.draws:
             return "equal"
@@ -50,7 +50,7 @@ class Finding:
         if self.error:
             return self.error
         figures = "; again: ".join(map(str, self.draws))
-        if self.must_equal:
+        if self.verdict == "DIFFERS":
             return f"differs from stock, which it equals bit for bit on a CPU in float32: {figures}"
         return figures
 
@@ -99,11 +99,11 @@ def ratios(draws: Iterable[Comparison]) -> list[str]:
 
 def _badness(figures: tuple[float, float, float]) -> float:
     error, allowed, _ = figures
-    return math.inf if math.isnan(error) or not allowed else error / allowed
+    return error / allowed if allowed and math.isfinite(error) and math.isfinite(allowed) else math.inf
 
 
 def _ratio(error: float, allowed: float, stock: float) -> str:
-    if not stock:
+    if not stock or not math.isfinite(stock):
         return f"{error:.1g} of {allowed:.1g}"
     ratio = error / stock
     return f"{ratio:.3f} of {allowed / stock:.2f}" if ratio < 1000 else f"{ratio:.0e} of {allowed / stock:.2f}"

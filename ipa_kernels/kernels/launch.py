@@ -1,6 +1,5 @@
 """Launch the kernel. What does not change from call to call is settled once, and nothing is validated: see `ops`."""
 
-import functools
 import math
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .compiled import Compiled
 from .dtypes import dtype_name
 from .forward import decoupled_attention_kernel
 from .launch_table import LaunchConfig, options
@@ -52,14 +52,14 @@ class Launch:
 
         keys = tuple(readable(key, width) for key in keys)
         values = tuple(readable(value, width) for value in values)
-        scales = scales if scales is None or scales.stride(1) == 1 else scales.contiguous()
-        masks = tuple(mask if mask is None or mask.stride(1) == 1 else mask.contiguous() for mask in masks)
+        scales = readable_weights(scales)
+        masks = tuple(readable_weights(mask) for mask in masks)
         self.tensors = (keys, values, scales, masks)
         self.numbers = (
             tuple(strides_of(key, batch, width) for key in keys),
             tuple(strides_of(value, batch, width) for value in values),
-            0 if scales is None or scales.shape[0] < batch else scales.stride(0),
-            tuple(0 if mask is None or mask.shape[0] < batch else mask.stride(0) for mask in masks),
+            row_stride_of(scales),
+            tuple(row_stride_of(mask) for mask in masks),
             heads,
             queries,
             lengths,
@@ -97,7 +97,7 @@ class Launch:
         self._compiled[self._grid](out, query, *self.tensors, strides, *self._after)
 
 
-@functools.cache
+@Compiled
 def _compiled(variant: Variant, device: torch.device) -> Any:
     """Compiled for, and loaded on, the current device; from Triton's cache on disk where it has been compiled before."""
     return triton.compile(source(variant), options=options(variant.config))
@@ -117,6 +117,18 @@ def readable(tensor: Tensor, vector: int) -> Tensor:
         if aligned and last == 1 and max(batch, heads) < 2**31 * vector and rows < 2**24:
             return tensor
     return tensor.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def readable_weights(weights: Tensor | None) -> Tensor | None:
+    """Scales [B or 1, n] or a mask [B or 1, M], or a packed copy where a row has gaps or its stride overflows 32 bits."""
+    if weights is None or (weights.stride(1) == 1 and weights.stride(0) < 2**31):
+        return weights
+    return weights.contiguous()
+
+
+def row_stride_of(weights: Tensor | None) -> int:
+    """That of a shared row is 0; the stride of a dimension of size 1 can be any number."""
+    return 0 if weights is None or weights.shape[0] == 1 else weights.stride(0)
 
 
 def strides_of(tensor: Tensor, batch: int, vector: int) -> tuple[int, int, int]:

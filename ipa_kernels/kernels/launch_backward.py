@@ -3,7 +3,6 @@
 Sums are taken by torch, in an order that the shapes settle: no atomics, the same bits every time.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ import triton
 from torch import Tensor
 
 from .backward import decoupled_attention_backward_kernel
+from .compiled import Compiled
 from .launch import Launch, readable, strides_of
 from .launch_table import LaunchConfig, options
 from .specialization import INTERPRETED, Variant
@@ -78,7 +78,7 @@ def _launch(made_for: Variant, wanted: Wanted, device: torch.device, grid: tuple
     kernel[grid](*arguments)
 
 
-@functools.cache
+@Compiled
 def _compiled(made_for: Variant, wanted: Wanted, device: torch.device) -> Any:
     """Compiled for, and loaded on, the current device; from Triton's cache on disk where it has been compiled before."""
     return triton.compile(backward_source(made_for, wanted), options=options(made_for.config))

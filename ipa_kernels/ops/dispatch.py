@@ -164,8 +164,7 @@ def call_reasons(problem: Problem) -> list[str]:
         reasons.append(_BIAS)
     if not 1e-30 < problem.softmax_scale < 1e30:
         reasons.append(f"scale {problem.softmax_scale}: the kernel needs a positive softmax scale within float32")
-    if query.shape[0] > 65535:
-        reasons.append(f"batch {query.shape[0]}: a GPU grid ends at 65535; use smaller batches")
+    reasons += _size_reasons(problem)
     if needs_gradient(problem):
         reasons += gradient_reasons(query.device, query.dtype, query.shape[3], image_keys)
     reasons += transform_reasons()
@@ -177,6 +176,23 @@ def call_reasons(problem: Problem) -> list[str]:
     for name, tensor in (*_named(problem), *weights):
         if tensor.is_neg():
             reasons.append(f"{name}: a lazily negated view; use .resolve_neg()")
+    return reasons
+
+
+def _size_reasons(problem: Problem) -> list[str]:
+    """What does not fit into the numbers of a launch, or into 32 bits within a tile (`kernels.primitives`)."""
+    batch, heads, _, head_dim = problem.query.shape
+    reasons = []
+    if batch > 65535:
+        reasons.append(f"batch {batch}: a GPU grid ends at 65535; use smaller batches")
+    if heads * head_dim >= 2**24:
+        width = f"times the head dim, {head_dim}, that is {heads * head_dim}"
+        reasons.append(f"heads {heads}: {width}, and the kernel's rows end below {2**24}; use fewer heads at a time")
+    for name, tensor in _named(problem):
+        # strides are in units of 16 bytes; with it the number of rows is below 2**31
+        if tensor.shape[1:].numel() * tensor.element_size() >= 16 * 2**31:
+            shape = list(tensor.shape)
+            reasons.append(f"{name} {shape}: a row of the batch has 32 GiB or more; use fewer heads or rows at a time")
     return reasons
 
 

@@ -123,6 +123,8 @@ def test_quick(jobs: list[first_image.Job], capsys: pytest.CaptureFixture[str]) 
         ("the last bit", "float32", r"tiny, one: enabled differs from stock by [\d.e-]+ \(relative, rms\); allowed: 0"),
         ("no adapter", "bfloat16", r"tiny, three masked: enabled is [\d.]+ from float64, stock [\d.]+; allowed: 1.25 times"),
         ("NaN", "bfloat16", r"tiny, three: enabled is nan from float64"),
+        ("stock overflows", "bfloat16", r"tiny, three: proves nothing: stock's result is not finite, or all zeros"),
+        ("stock is zeros", "float32", r"tiny, one masked: proves nothing: stock's result is not finite, or all zeros"),
         ("an error", "float32", r"tiny, one masked: enabled fails where stock runs: RuntimeError: out of order$"),
     ],
 )
@@ -133,7 +135,10 @@ def test_a_wrong_step_has_no_time(
 
     def wrong(self: Any, unet: Any, i: int) -> torch.Tensor:
         if not ipa_kernels.explain(unet).enabled:
-            return right(self, unet, i)
+            out = right(self, unet, i)
+            if mistake == "stock overflows":
+                out[0, 0, 0, 0] = float("inf")
+            return out * 0 if mistake == "stock is zeros" else out
         if mistake == "an error":
             raise RuntimeError("out of order\nand more")
         if mistake == "no adapter":

@@ -178,7 +178,7 @@ def test_a_kernel_that_writes_nothing_is_found(verified: Any, device: torch.devi
         return blocks[-1]
 
     stock = verify_cases.reference.stock_attention
-    monkeypatch.setattr(OP, "prepare", prepare)
+    monkeypatch.setattr(OP, "make_launch", prepare)
     monkeypatch.setattr(verify_cases.reference, "stock_attention", keep)
     assert verified("--quick", "--device", device, "--dtype", "float16", "--case", "sd15_512_mid")[0] == 1
 
@@ -374,6 +374,51 @@ def test_nan_is_against_and_is_valid_json() -> None:
     assert json.loads(json.dumps(finding.to_dict(), allow_nan=False))["draws"][1]["rms"] == "nan"
     assert ratios([good, replace(good, rms=0.7, max=1200.0)]) == ["0.700 of 1.00", "1e+03 of 1.50"]
     assert ratios([replace(good, stock_rms=0.0, allowed_rms=0.0)])[0] == "0.5 of 0"
+
+
+def test_what_proves_nothing_is_not_verified() -> None:
+    """Neither by itself nor as the one of three draws that may be chance; and no figure makes it look good."""
+    good = Comparison(rms=0.5, max=0.6, stock_rms=1.0, stock_max=1.0, allowed_rms=1.0, allowed_max=1.5)
+    nothing = replace(good, stock_rms=math.inf, stock_max=math.inf, allowed_rms=math.inf, allowed_max=math.inf)
+    for draws in ((nothing,), (good, nothing, good)):
+        for must_equal in (False, True):
+            finding = Finding(draws, must_equal)
+            assert finding.verdict == "NOT VERIFIED"
+            assert not finding.passed
+            assert "PROVES NOTHING" in finding.why()
+            assert ratios(draws) == ["0.5 of inf", "0.6 of inf"]
+            json.dumps(finding.to_dict(), allow_nan=False)
+
+
+def test_a_stock_that_overflows_verifies_nothing(verified: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a right kernel nor one that returns zeros."""
+    stock, make_launch = verify_cases.reference.stock_attention, OP.make_launch
+
+    def overflows(*arguments: Any, **options: Any) -> torch.Tensor:
+        out = stock(*arguments, **options)
+        out[0, 0, 0, 0] = math.inf
+        return out
+
+    monkeypatch.setattr(verify_cases.reference, "stock_attention", overflows)
+    for kernel in (make_launch, lambda problem: torch.zeros_like):
+        monkeypatch.setattr(OP, "make_launch", kernel)
+        code, printed = verified("--quick", "--device", device, "--dtype", "float16", "--case", "sd15_512_mid")
+        assert code == 1
+        assert "kernel: within the rule in 0 of 1 cases" in printed
+        assert re.search("sd15_512_mid, float16, the kernel: NOT VERIFIED: rms .* PROVES NOTHING", printed)
+
+
+def test_the_output_of_a_layer_that_is_not_finite_is_looked_at() -> None:
+    """On a GPU, where what is rounded in another order is the same: not so what is anything at all beside an inf."""
+    finished = torch.randn(100, dtype=torch.float16)
+    assert verify_layers._rounded_alike(finished * (1 + 1e-3), finished)
+    assert not verify_layers._rounded_alike(finished * (1 + 1e-1), finished)
+    finished[3] = math.inf
+    assert verify_layers._rounded_alike(finished * (1 + 1e-3), finished)
+    assert not verify_layers._rounded_alike(finished * (1 + 1e-1), finished)
+    assert not verify_layers._rounded_alike(torch.zeros_like(finished), finished)
+    assert not verify_layers._rounded_alike(finished.nan_to_num(), finished)
+    assert not verify_layers._rounded_alike(-finished.where(finished.isinf(), -finished), finished), "-inf"
 
 
 @pytest.mark.slow
