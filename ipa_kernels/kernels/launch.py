@@ -22,10 +22,8 @@ class Launch:
     dtype. It keeps what it was given: the memory that it points to stays where it is.
 
     vector, tensors and numbers are for the backward too: the elements in 16 bytes; keys, values, scales and masks as kernels
-    read them; their strides, the sizes, and the factor of the scores. interpreted: whether Triton's interpreter runs it.
+    read them; their strides, the sizes, and the factor of the scores.
     """
-
-    interpreted = INTERPRETED
 
     def __init__(
         self,

@@ -51,8 +51,11 @@ def launch_class() -> "type[Launch] | None":
 
 def is_interpreted() -> bool:
     """Whether kernels run in Triton's interpreter."""
-    launch = launch_class()
-    return launch is not None and launch.interpreted
+    if launch_class() is None:
+        return False
+    from ..kernels import launch
+
+    return launch.INTERPRETED
 
 
 @functools.cache
