@@ -11,10 +11,12 @@ from typing import Any, TypeVar
 F = TypeVar("F", bound=Callable[..., Any])
 
 PACKAGES = ("torch", "diffusers")
+AND_EXTRAS = (*PACKAGES, "peft", "xformers")
+"""With those whose modules and functions stand in a UNet where diffusers has put them."""
 
 # of own functions alone, which live as long as their modules: a patch may hold a whole pipeline
 _FUNCTIONS: dict[tuple[str, ...], set[FunctionType]] = {}
-_METHODS: dict[tuple[type, str], Any] = {}
+_METHODS: dict[tuple[type, str, tuple[str, ...]], Any] = {}
 
 
 def _settled_when_traced(function: F) -> F:
@@ -30,12 +32,12 @@ def is_own(function: object, packages: tuple[str, ...] = PACKAGES) -> bool:
     A user's function in one of torch's decorators (`torch.no_grad`, `torch.compile`) is the user's. An object that is called
     like a function (`functools.partial`, a mock) is nobody's own.
     """
+    if type(function) is not FunctionType:
+        return _is_of(function, packages, [])
     known = _FUNCTIONS.setdefault(packages, set())
-    if function in known:
-        return True
-    if not _is_of(function, packages, []):
-        return False
-    if type(function) is FunctionType:
+    if function not in known:
+        if not _is_of(function, packages, []):
+            return False
         known.add(function)
     return True
 
@@ -46,14 +48,23 @@ def runs_own(kind: type, name: str, packages: tuple[str, ...] = PACKAGES) -> boo
 
     A subclass that overrides it with code of its own does not, and neither does a class that was given another class's method.
     """
-    function = getattr(kind, name)
-    if _METHODS.get((kind, name)) is function:
+    function = getattr(kind, name, None)
+    if function is not None and _METHODS.get((kind, name, packages)) is function:
         return True
-    owner = next(base for base in kind.__mro__ if name in vars(base))
-    if not is_own(function, packages) or not _is_written_in(owner, function):
+    if not is_own(function, packages):
         return False
-    _METHODS[kind, name] = function
+    owner = owner_of(kind, name)
+    found = vars(owner)[name]
+    # not so where a descriptor makes one up: a scripted module's forward is compiled code
+    if getattr(found, "__func__", found) is not function or not _is_written_in(owner, function):
+        return False
+    _METHODS[kind, name, packages] = function
     return True
+
+
+def owner_of(kind: type, name: str) -> type:
+    """The class that a class has a function of this name from."""
+    return next(base for base in kind.__mro__ if name in vars(base))
 
 
 def _is_written_in(owner: type, function: Any) -> bool:

@@ -118,3 +118,9 @@ def test_a_patch_is_not_kept_alive() -> None:
     assert not is_own(patch)
     del patch
     assert seen() is None
+
+
+def test_a_scripted_module_is_nobodys_own() -> None:
+    """What it runs is compiled code."""
+    assert not runs_own(torch.jit.ScriptModule, "forward")
+    assert not runs_own(object, "forward")
