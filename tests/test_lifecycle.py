@@ -637,7 +637,7 @@ def test_a_class_that_someone_patched_runs_and_is_named(monkeypatch: pytest.Monk
     with ipa_kernels.accelerated(pipe) as report:
         assert torch.equal(generate(pipe, ("base",)), expected)
     assert {layer.impl for layer in report.layers} == {"stock"}
-    assert "its __call__ was replaced" in report.layers[0].reason
+    assert "IPAdapterAttnProcessor2_0.__call__: replaced" in report.layers[0].reason
 
 
 def test_sdpa_replaced_by_a_function_with_stocks_keywords_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..integration.api import enable, explain, unet_of, watch_module
-from ..integration.fingerprint import Fingerprint, hooked
+from ..integration.fingerprint import Fingerprint, hooked, replaced
 from ..ops import UnsupportedError
 from ..report import GraphReport, Report
 from .unet_call import Call, is_tensor
@@ -164,6 +164,9 @@ class Graphs:
             return "gradients: a step that is differentiated is not captured; use torch.no_grad()"
         if torch.compiler.is_compiling() or call.unet._compiled_call_impl is not None:
             return "torch.compile: a compiled UNet is captured by mode='reduce-overhead'"
+        place = _replaced_function(call)
+        if place is not None:
+            return f"{place}: replaced, and a replay would not call it; undo that"
         if len(call.arguments) > 3:
             return "more than three positional arguments of the UNet: such steps are not captured; pass keywords"
         if not all(layer.table.is_data for layer in call.state.layers()):
@@ -189,6 +192,10 @@ class Graphs:
         place = hooked(call.unet)
         if place is not None:
             self.reason = f"hooks on {place}: a replay would not run them; remove them"
+            return call.run()
+        place = replaced(call.unet)
+        if place is not None:
+            self.reason = f"{place}: replaced, and a replay would not call it; undo that"
             return call.run()
         with torch.inference_mode(False):
             # those that are made in inference mode could not be written to outside
@@ -244,6 +251,13 @@ def capture(run: Callable[[], Any], device: torch.device, room: Room) -> tuple[C
     ):
         outputs = run()
     return graph.replay, outputs
+
+
+def _replaced_function(call: Call) -> str | None:
+    # it needs diffusers
+    from ..integration.replaced import replaced_function
+
+    return replaced_function(call.masks is not None)
 
 
 def _tables(state: Any) -> list[Tensor]:

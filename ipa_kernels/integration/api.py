@@ -181,7 +181,11 @@ def _report(unet: Any, target: str) -> Report:
             layers.append(LayerReport(name, planned, None, "; ".join(reasons), 0))
         else:
             layers.append(LayerReport(name, planned, layer.impl, layer.reason, layer.calls))
-    waits = "no IP-Adapter is loaded: one that is loaded later is taken over on the next step"
+    note = ""
+    if state is not None and not layers:
+        note = "no IP-Adapter is loaded: one that is loaded later is taken over on the next step"
+    elif state is not None and state.session.cache:
+        note = "\n  ".join(hooks.image_projection.unkept_reasons(unet))
     memory = None if state is None else state.session.memory
     # read once: another thread may `disable`
     graphs, buffers = (None, None) if state is None else (state.graphs, state.buffers)
@@ -189,7 +193,7 @@ def _report(unet: Any, target: str) -> Report:
         target=target,
         enabled=state is not None,
         impl=None if state is None else impl,
-        note=waits if state is not None and not layers else "",
+        note=note,
         layers=layers,
         cache=CacheReport() if memory is None else CacheReport(memory.hits, memory.misses, memory.bytes),
         graphs=None if graphs is None else graphs.report(),

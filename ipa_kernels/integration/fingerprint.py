@@ -5,8 +5,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from .conditioning_cache import is_hooked
+from .provenance import AND_EXTRAS, runs_own
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_SCORES = ("get_attention_scores", "head_to_batch_dim", "batch_to_head_dim")
+_RUN = ("forward", "__call__", *_SCORES)
+"""The names of what runs in a call of a module or of an attention processor."""
 _SKIPPED = ("_ipa_layer", "_ipa_kernels", "_parameters", "_buffers", "_modules")
 
 
@@ -18,8 +22,7 @@ class Fingerprint:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [(module._modules, dict(module._modules)) for module in model.modules()]
-        kinds: set[Any] = set(map(type, model.modules()))
-        self._classes = [(kind, kind.forward) for kind in kinds]
+        self._classes = [(kind, name, vars(kind).get(name)) for kind in _classes(model) for name in _RUN]
         self._kinds = [(module, type(module)) for module in model.modules()]
         self._tensors: list[tuple[dict[str, Any], str, Tensor | None, int]] = []
         self._sizes: list[tuple[Any, int]] = []
@@ -64,7 +67,7 @@ class Fingerprint:
         """Whether classes, hooks and attributes are the same."""
         if any(type(module) is not kind for module, kind in self._kinds):
             return False
-        if any(kind.forward is not forward for kind, forward in self._classes):
+        if any(vars(kind).get(name) is not function for kind, name, function in self._classes):
             return False
         if any(len(value) != size for value, size in self._sizes):
             return False
@@ -80,6 +83,27 @@ def hooked(model: nn.Module) -> str | None:
     if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return "every module"
     return next((name for name, module in model.named_modules() if name and is_hooked(module)), None)
+
+
+def replaced(model: nn.Module) -> str | None:
+    """The name of a function of torch's or diffusers' classes that is not their own, which no graph would run again."""
+    for kind in _classes(model):
+        if kind.__module__.partition(".")[0] in AND_EXTRAS:
+            for name in _RUN:
+                if name in vars(kind) and not runs_own(kind, name, AND_EXTRAS):
+                    return f"{kind.__name__}.{name}"
+    found = (f"{path}.{name}" for path, module in model.named_modules() for name in _SCORES if name in vars(module))
+    return next(found, None)
+
+
+def _classes(model: nn.Module) -> list[type]:
+    """Of modules and attention processors, with those that they are derived from."""
+    kinds: dict[type, None] = {}
+    for module in model.modules():
+        kinds[type(module)] = None
+        if "processor" in vars(module):
+            kinds[type(vars(module)["processor"])] = None
+    return [base for base in dict.fromkeys(base for kind in kinds for base in kind.__mro__) if base is not object]
 
 
 def _copy(value: Any) -> Any:

@@ -5,14 +5,17 @@ have the names of what they replace; a copy or a pickle is diffusers' or torch's
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models import activations, attention, attention_processor, embeddings
 from torch import Tensor, nn
 
 from .conditioning_cache import State, active, remember, state_of
+from .provenance import AND_EXTRAS, owner_of, runs_own
+from .replaced import LINEAR, SCORES, SDPA, Part, has_scores_of_its_own
 from .state import Session
 
 # without state of their own that a call reads
@@ -24,13 +27,40 @@ _STATELESS = {
 }  # fmt: skip
 
 
+_PROCESSORS = (attention_processor.AttnProcessor, attention_processor.AttnProcessor2_0)
+# what a class calls beside its modules
+_CALLED: dict[type, tuple[Part, ...]] = {
+    nn.Linear: (LINEAR,),
+    nn.LayerNorm: (Part.of(F, "layer_norm"),),
+    nn.GELU: (Part.of(F, "gelu"),),
+    activations.GELU: (Part.of(F, "gelu"),),
+    nn.Dropout: (Part.of(F, "dropout"),),
+    attention_processor.AttnProcessor: SCORES,
+    attention_processor.AttnProcessor2_0: (SDPA,),
+}
+
+
+def _replaced(kind: type) -> Iterator[str]:
+    """The functions that a call of this class runs and that are not its packages' own."""
+    for name in ("forward", "__call__") if issubclass(kind, nn.Module) else ("__call__",):
+        if not runs_own(kind, name, AND_EXTRAS):
+            yield f"{owner_of(kind, name).__name__}.{name}"
+    yield from (str(part) for part in _CALLED.get(kind, ()) if part.is_replaced())
+
+
+def _is_own(kind: type) -> bool:
+    return next(_replaced(kind), None) is None
+
+
 def known(module: nn.Module) -> State | None:
-    """What a module's call reads besides its parameters; None for a kind that is not known."""
+    """What a module's call reads besides its parameters; None for a kind that is not known, or whose functions are replaced."""
     kind = type(module)
+    if not _is_own(kind):
+        return None
     if kind is attention_processor.Attention:
         processor = type(module.processor)
-        plain = (attention_processor.AttnProcessor, attention_processor.AttnProcessor2_0)
-        return State((processor.__name__,)) if processor in plain else None
+        is_plain = processor in _PROCESSORS and _is_own(processor) and not has_scores_of_its_own(module)
+        return State((processor.__name__,)) if is_plain else None
     if kind in _STATELESS:
         return State()
     if kind is nn.Dropout:
@@ -77,7 +107,8 @@ class MultiIPAdapterImageProjection(_Remembering, embeddings.MultiIPAdapterImage
     def forward(self, image_embeds: Any) -> list[Tensor]:
         """[batch, images, ...] per adapter to image tokens [batch, images, tokens, channels] per adapter."""
         layers: Any = self.image_projection_layers
-        if active() is None or not isinstance(image_embeds, list) or len(image_embeds) != len(layers):
+        fits = isinstance(image_embeds, list) and len(image_embeds) == len(layers)
+        if active() is None or not fits or not _is_own(embeddings.MultiIPAdapterImageProjection):
             return super().forward(image_embeds)  # type: ignore[no-any-return]
         return [_tokens(embeds, layer) for embeds, layer in zip(image_embeds, layers, strict=True)]
 
@@ -123,7 +154,7 @@ class Linear(_Remembering, nn.Linear):
 
 
 def _own_state(module: Linear) -> State | None:
-    return state_of((module,), lambda module: State())
+    return state_with_ours([module])
 
 
 OURS: dict[type, Any] = {
@@ -131,6 +162,8 @@ OURS: dict[type, Any] = {
     nn.Linear: Linear,
 }
 STOCK: dict[type, Any] = {ours: theirs for theirs, ours in OURS.items()}
+
+_KNOWN = {*_STATELESS, *STOCK.values(), *_PROCESSORS, nn.Dropout, embeddings.IPAdapterFaceIDPlusImageProjection}
 
 
 def of(unet: nn.Module) -> list[nn.Module]:
@@ -162,4 +195,27 @@ def give_back(module: nn.Module) -> None:
 
 def state_with_ours(modules: list[nn.Module]) -> State | None:
     """`pure_state` of modules among which are projections that were taken over."""
-    return state_of(modules, lambda module: State() if type(module) in STOCK else known(module))
+    return state_of(modules, _known_or_ours)
+
+
+def _known_or_ours(module: nn.Module) -> State | None:
+    theirs = STOCK.get(type(module))
+    if theirs is None:
+        return known(module)
+    return State() if _is_own(theirs) else None
+
+
+def unkept_reasons(unet: nn.Module) -> list[str]:
+    """Which functions that compute what would be remembered are replaced; empty where none is."""
+    kinds: dict[type, None] = {nn.Linear: None}
+    for root in of(unet):
+        for module in root.modules():
+            kinds[STOCK.get(type(module), type(module))] = None
+            if isinstance(module, attention_processor.Attention):
+                kinds[type(module.processor)] = None
+    places = dict.fromkeys(place for kind in kinds if kind in _KNOWN for place in _replaced(kind))
+    return [
+        f"{place}: replaced by a function that is not torch's or diffusers' own, so what it computes is not kept; undo that to "
+        "have it kept"
+        for place in places
+    ]

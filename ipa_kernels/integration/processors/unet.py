@@ -24,6 +24,7 @@ from ..conditioning_cache import active
 from ..eligibility import unusual
 from ..layer import layer_of
 from ..prepared_call import find, keep, photograph
+from ..replaced import is_anything_replaced, replaced_reasons
 from ..state import Layer, Session, is_recorded
 from . import branches
 
@@ -71,7 +72,8 @@ class _Fused:
         impl = layer.session.impl
         memory = active()
         query: Tensor | None = None
-        if memory is not None and attention_mask is None and STOCK[kind].__call__ is _CALLS[kind]:
+        masked = ip_adapter_masks is not None
+        if memory is not None and attention_mask is None and not is_anything_replaced(STOCK[kind], attn, masked):
             ready = find(memory, layer, self, attn, hidden_states, encoder_hidden_states, ip_adapter_masks)
             if ready is not None:
                 query = attn.to_q(hidden_states)
@@ -80,7 +82,7 @@ class _Fused:
                     layer.impl, layer.reason = ready.impl, ready.reason
                     layer.calls += 1
                     return _project_out(attn, ready.attend(query))
-        reasons = _class_reasons(kind, ip_adapter_masks)
+        reasons = _class_reasons(kind, attn, ip_adapter_masks)
         reasons += unusual(self, attn, hidden_states, encoder_hidden_states, attention_mask, ip_adapter_masks, self.scale)
         if not reasons and not kind.eager_is_exact and impl != "triton":
             _, reasons = layer_plan(attn, self, impl, hidden_states.device, hidden_states.dtype)
@@ -153,7 +155,7 @@ def _record(
     # where the hook before the step is in the graph too, a scale is what it is for this code: compiled in
     is_data = layer.session.is_stepping and layer.table.is_data
     scales = [None] * layer.table.tensor.shape[0] if is_data else processor.scale
-    reasons = _class_reasons(kind, masks)
+    reasons = _class_reasons(kind, attn, masks)
     reasons += unusual(processor, attn, hidden_states, states, attention_mask, masks, scales)
     chosen = "stock"
     if not reasons:
@@ -196,12 +198,9 @@ def _project_out(attn: Any, out: Tensor) -> Tensor:
     return attn.to_out[1](attn.to_out[0](out))  # type: ignore[no-any-return]
 
 
-def _class_reasons(kind: Any, masks: Any) -> list[str]:
+def _class_reasons(kind: Any, attn: Attention, masks: Any) -> list[str]:
     """Why only the replaced class may run a call, as far as that is about the class."""
-    reasons = []
-    if STOCK[kind].__call__ is not _CALLS[kind]:
-        patched = "diffusers' class has been patched (its __call__ was replaced), so the patch runs instead of the kernel"
-        reasons.append(f"processor {kind.__name__}: {patched}; remove the patch to use the kernel")
+    reasons = replaced_reasons(STOCK[kind], attn, masks is not None)
     refusal = kind.refuses_masks()
     if masks is not None and refusal is not None:
         reasons.append(refusal)
@@ -239,7 +238,6 @@ FUSED: dict[type, Any] = {
     stock.IPAdapterXFormersAttnProcessor: IPAdapterXFormersAttnProcessor,
 }
 STOCK: dict[type, Any] = {ours: theirs for theirs, ours in FUSED.items()}
-_CALLS = {ours: theirs.__call__ for theirs, ours in FUSED.items()}
 
 # `Attention.forward` asks for the signature in every call; a stored one is four times as fast to get
 _signature: Any = inspect.signature(_Fused.__call__)
@@ -317,6 +315,9 @@ def layer_plan(
         return "stock", [foreign]
     ours = _ours(processor)
     kind = type(processor) if ours is None else STOCK[ours]
+    replaced = replaced_reasons(kind, attn, masked=False)
+    if replaced:
+        return "stock", replaced
     fallback = "eager" if FUSED[kind].eager_is_exact else "stock"
     if impl == "eager":
         return fallback, ['impl="eager"']
