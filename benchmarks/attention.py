@@ -28,7 +28,8 @@ from torch import Tensor
 
 from ipa_kernels import decoupled_attention, reference
 from ipa_kernels.benchmarking.device_time import Ceiling, cache_bytes, ceilings, device_times, sets_beyond_cache
-from ipa_kernels.benchmarking.timing import Timing, first_line, interleaved, machine_facts
+from ipa_kernels.benchmarking.machine import machine_facts
+from ipa_kernels.benchmarking.timing import Timing, first_line, interleaved
 from ipa_kernels.reference import Comparison
 from ipa_kernels.testing.layer_cases import CASES, Case, Inputs
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ipa_kernels.benchmarking.timing import interleaved, machine_facts
+from ipa_kernels.benchmarking.machine import machine_facts
+from ipa_kernels.benchmarking.timing import interleaved
 
 from .calls import many, of_one
 

@@ -34,7 +34,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from ipa_kernels.benchmarking.timing import machine_facts
+from ipa_kernels.benchmarking.machine import machine_facts
 from ipa_kernels.kernels import launch_table, launch_table_backward
 from ipa_kernels.kernels.backward import decoupled_attention_backward_kernel
 from ipa_kernels.kernels.forward import decoupled_attention_kernel

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ipa_kernels.benchmarking.first_image import WAYS, Job, in_process
-from ipa_kernels.benchmarking.timing import machine_facts
+from ipa_kernels.benchmarking.machine import machine_facts
 
 STEPS = 4
 

@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 import ipa_kernels
 from ipa_kernels import reference
-from ipa_kernels.benchmarking.timing import interleaved, machine_facts
+from ipa_kernels.benchmarking.machine import machine_facts
+from ipa_kernels.benchmarking.timing import interleaved
 from ipa_kernels.integration.conditioning_cache import Memory
 from ipa_kernels.integration.processors import unet as processors
 from ipa_kernels.integration.state import Session

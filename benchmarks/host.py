@@ -31,7 +31,8 @@ if not torch.cuda.is_available():
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from torch import Tensor
 
-from ipa_kernels.benchmarking.timing import interleaved, machine_facts
+from ipa_kernels.benchmarking.machine import machine_facts
+from ipa_kernels.benchmarking.timing import interleaved
 from ipa_kernels.kernels.launch import Launch
 
 from .calls import many, of_one

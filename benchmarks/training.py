@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 import ipa_kernels
 from ipa_kernels import decoupled_attention, reference
-from ipa_kernels.benchmarking.timing import first_line, gate, interleaved, machine_facts, peak_bytes
+from ipa_kernels.benchmarking.machine import machine_facts
+from ipa_kernels.benchmarking.timing import first_line, gate, interleaved, peak_bytes
 from ipa_kernels.benchmarking.unet_step import in_float64
 from ipa_kernels.ops.api import choose
 from ipa_kernels.ops.validation import check_arguments

@@ -33,7 +33,8 @@ from torch import Tensor
 
 import ipa_kernels
 from ipa_kernels.benchmarking import unet_step
-from ipa_kernels.benchmarking.timing import first_line, gate, interleaved, machine_facts
+from ipa_kernels.benchmarking.machine import machine_facts
+from ipa_kernels.benchmarking.timing import first_line, gate, interleaved
 from ipa_kernels.benchmarking.unet_step import VARIANTS, compared_in_float64
 from ipa_kernels.cli.tables import table
 from ipa_kernels.testing.unet_models import MODELS, Inputs, Model, build, clone, load

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import attention
-from ipa_kernels.benchmarking import device_time, timing
+from ipa_kernels.benchmarking import device_time, machine, timing
 from ipa_kernels.testing.layer_cases import CASES, Case
 
 CPU = torch.device("cpu")
@@ -211,9 +211,9 @@ def test_ceilings_on_a_cpu_are_by_wall_time() -> None:
 
 def test_facts_name_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert timing.machine_facts(CPU)["interpreter"]
+    assert machine.machine_facts(CPU)["interpreter"]
     monkeypatch.delenv("TRITON_INTERPRET")
-    facts = timing.machine_facts(CPU)
+    facts = machine.machine_facts(CPU)
     assert not facts["interpreter"]
     assert facts["torch"] == torch.__version__
     assert len(facts["source"]) == 16
@@ -332,7 +332,7 @@ def test_the_ceilings_of_a_gpu() -> None:
     limits = device_time.ceilings(torch.float16, device, rounds=5)
     assert {limit.clock for limit in limits.values()} == {"device"}
     assert 0 < limits["copy"].rate < 1e14
-    facts = timing.machine_facts(device)
+    facts = machine.machine_facts(device)
     assert facts["l2_bytes"] == device_time.cache_bytes(device) > 0
     assert facts["multiprocessors"] > 0
     assert facts["memory_bytes"] > 0

@@ -164,7 +164,7 @@ try:
 except ImportError as error:
     print(error)
 
-from ipa_kernels.benchmarking.timing import machine_facts
+from ipa_kernels.benchmarking.machine import machine_facts
 print(machine_facts(torch.device("cpu"))["commit"])
 """
 

@@ -91,7 +91,7 @@ def run(options: BenchOptions) -> int:
     with importing("diffusers"):
         import torch
 
-        from ..benchmarking.timing import machine_facts
+        from ..benchmarking.machine import machine_facts
         from ..kernels.dtypes import dtype_name
         from .bench_table import step_table
         from .device import available_device, check_switch, chosen_dtype, threads

@@ -4,7 +4,7 @@ import functools
 
 import torch
 
-from ..benchmarking.timing import gpu_facts, output_of
+from ..benchmarking.machine import gpu_facts, output_of
 from ..ops.dispatch import architecture, layer_reasons
 from .doctor_coverage import TRIED, coverage, try_kernel
 from .doctor_diagnosis import BUG, BUILDS, Device, Diagnosis

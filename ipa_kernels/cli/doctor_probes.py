@@ -42,7 +42,7 @@ def examine() -> Diagnosis:
 
 
 def _with_torch(found: Diagnosis, torch: Any) -> None:
-    from ..benchmarking.timing import machine_facts
+    from ..benchmarking.machine import machine_facts
     from . import doctor_devices as devices
 
     found.installed["torch"] = f"{torch.__version__} ({devices.build()})"

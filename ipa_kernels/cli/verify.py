@@ -103,7 +103,7 @@ def run(options: VerifyOptions) -> int:
     Raises UserError, before anything is computed, where the options do not go together or name something that does not work.
     """
     with importing("diffusers"):
-        from ..benchmarking.timing import machine_facts
+        from ..benchmarking.machine import machine_facts
         from .device import available_device
         from .verify_cases import chosen_cases
         from .verify_summary import summary
