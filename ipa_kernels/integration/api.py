@@ -168,7 +168,7 @@ def _report(unet: Any, target: str) -> Report:
     device, dtype = execution_device(unet), unet.dtype
     layers = []
     switch = f"unset {OFF}" if os.environ.get(OFF) == "1" else "call ipa_kernels.enable"
-    for name, attention in hooks.places.adapter_layers(unet):
+    for name, attention in hooks.attention_layers.adapter_layers(unet):
         processor = attention.processor
         planned, reasons = families.layer_plan(attention, processor, impl, device, dtype)
         layer = families.layer_of(processor)
@@ -258,7 +258,7 @@ def _demand_kernel(unet: Any) -> None:
     families = _families()
     device, dtype = execution_device(unet), unet.dtype
     refused: dict[str, list[str]] = {}
-    for name, attention in watch_module().places.adapter_layers(unet):
+    for name, attention in watch_module().attention_layers.adapter_layers(unet):
         _, reasons = families.layer_plan(attention, attention.processor, "triton", device, dtype)
         for reason in reasons:
             refused.setdefault(reason, []).append(name)

@@ -52,7 +52,7 @@ def prepare(pipe: Any, **arguments: Any) -> Report:
     if os.environ.get(OFF) == "1":
         return enable(pipe)
     watch = watch_module()
-    if not watch.places.is_loaded(unet):
+    if not watch.attention_layers.is_loaded(unet):
         raise ValueError("pipe: expected a pipeline with an IP-Adapter, got one without; load_ip_adapter comes first")
     was_enabled = watch.of(unet) is not None
     if not was_enabled:
