@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
@@ -157,13 +158,13 @@ def a_mask_left_out(bench: Bench) -> None:
         bench.options["ip_adapter_masks"] = [None, bench.options["ip_adapter_masks"][1]]
 
 
-def changed(name: str, value: Any) -> Callable[[Bench], None]:
+def changed(name: str, value: Any, how: str = "") -> Callable[[Bench], None]:
     """One attribute of the attention."""
 
     def change(bench: Bench) -> None:
         setattr(bench.attention, name, value() if callable(value) else value)
 
-    change.__name__ = name
+    change.__name__ = f"{name} {how}".strip()
     return change
 
 
@@ -175,6 +176,13 @@ CHANGES: list[Callable[[Bench], None]] = [
     changed("heads", 4), changed("residual_connection", True), changed("rescale_output_factor", 2.0),
     changed("group_norm", lambda: nn.GroupNorm(4, 64)), changed("to_q", lambda: nn.Linear(64, 64)),
     changed("to_k", lambda: nn.Linear(48, 64)),
+    changed("rescale_output_factor", np.float64(2.0), "of numpy"),
+    changed("rescale_output_factor", torch.tensor(2.0), "a tensor"),
+    changed("rescale_output_factor", lambda: torch.rand(64) + 1, "of each channel"),
+    changed("heads", np.int64(4), "of numpy"), changed("heads", torch.tensor(4), "a tensor"),
+    changed("scale", torch.tensor(0.5), "a tensor"), changed("scale", torch.ones(2), "two"),
+    changed("scale", np.ones(2), "an array"), changed("residual_connection", np.bool_(True), "of numpy"),
+    changed("residual_connection", torch.tensor(True), "a tensor"), changed("norm_cross", np.bool_(False), "of numpy"),
 ]  # fmt: skip
 
 
