@@ -262,6 +262,8 @@ def state_of(modules: Iterable[nn.Module], known: Callable[[nn.Module], State | 
     marks: list[Hashable] = []
     held: list[object] = []
     for root in modules:
+        if not isinstance(root, nn.Module):
+            return None
         for module in (root,) if type(root) is nn.Linear else root.modules():
             own = known(module)
             # a tensor that is a plain attribute is nobody's parameter, and its exchange leaves no trace

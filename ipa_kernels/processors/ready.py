@@ -18,6 +18,8 @@ from ..ops.support import allows_tf32
 from ..session import Layer
 from .projections import pure_state
 
+_COMPARABLE = {bool, int, float, str, type(None)}
+
 
 class Photo:
     """Everything that a call of a layer reads besides its queries and its text, as it was before the call read it.
@@ -26,12 +28,17 @@ class Photo:
     """
 
     def __init__(self, processor: Any, attn: Attention, hidden_states: Tensor, images: Any, masks: Any, impl: str) -> None:
-        if torch.is_grad_enabled() or is_hooked(attn.to_q) or type(hidden_states) is not Tensor or hidden_states.is_meta:
+        if torch.is_grad_enabled() or type(hidden_states) is not Tensor or hidden_states.is_meta:
+            raise Doubtful
+        if not isinstance(attn.to_q, nn.Module) or is_hooked(attn.to_q):
             raise Doubtful
         self._impl = impl
         self._kind = type(processor)
         self._attn: Any = weakref.ref(attn)
         self._settings = _settings(attn)
+        self._kinds = list(map(type, self._settings))
+        if not all(kind in _COMPARABLE or issubclass(kind, nn.Module) for kind in self._kinds):
+            raise Doubtful
         self._hidden = hidden_states.shape, hidden_states.dtype, hidden_states.device
         self._modes = _modes(hidden_states)
         self._scales = [list(scale) if isinstance(scale, list) else scale for scale in processor.scale]
@@ -54,9 +61,13 @@ class Photo:
             return False
         if (hidden_states.shape, hidden_states.dtype, hidden_states.device) != self._hidden:
             return False
-        if _settings(attn) != self._settings or _modes(hidden_states) != self._modes:
+        settings = _settings(attn)
+        # types first: comparing tensors would wait for a GPU, and has no one answer
+        if list(map(type, settings)) != self._kinds or settings != self._settings or _modes(hidden_states) != self._modes:
             return False
-        if not _are_same_scales(processor.scale, self._scales) or is_hooked(attn._modules["to_q"]):
+        modules: dict[str, Any] = attn._modules
+        to_q = modules.get("to_q")
+        if not _are_same_scales(processor.scale, self._scales) or to_q is None or is_hooked(to_q):
             return False
         if type(images) not in (list, tuple) or len(images) != len(self._scales):
             return False
@@ -65,11 +76,13 @@ class Photo:
         for known, tensor in zip(self._inputs, images if masks is None else (*images, *masks), strict=True):
             if not known.is_still(tensor):
                 return False
-        modules: dict[str, Any] = attn._modules
         own: dict[str, Any] = processor._modules
+        adapters: list[Any] = [own.get("to_k_ip"), own.get("to_v_ip")]
+        if None in adapters:
+            return False
         places = [modules.get("to_k"), modules.get("to_v")]
-        for name in ("to_k_ip", "to_v_ip"):
-            places += own[name]._modules.values()
+        for each in adapters:
+            places += each._modules.values()
         if len(places) != len(self._projections):
             return False
         return all(known is None or known.is_still(module) for known, module in zip(self._projections, places, strict=True))
@@ -148,11 +161,9 @@ def keep(
 
 def _settings(attn: Any) -> tuple[Any, ...]:
     """What a call reads from an Attention besides its projections."""
-    factor = attn.rescale_output_factor
-    if type(factor) not in (int, float):
-        raise Doubtful
     return (
-        attn.heads, attn.scale, attn.residual_connection, factor, attn.norm_cross, attn.group_norm, attn.spatial_norm,
+        attn.heads, attn.scale, attn.residual_connection, attn.rescale_output_factor, attn.norm_cross, attn.group_norm,
+        attn.spatial_norm,
     )  # fmt: skip
 
 

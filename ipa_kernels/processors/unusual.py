@@ -1,5 +1,6 @@
 """Calls that only diffusers' own code may run: each reason in one line, with what to do to use the kernel."""
 
+from numbers import Integral, Real
 from typing import Any
 
 from diffusers.models.attention_processor import Attention
@@ -69,12 +70,15 @@ def _unusual_masks(scales: list[Any], masks: Any, images: list[Tensor], batch: i
 
 def _unusual_attention(attn: Attention) -> list[str]:
     """Parts of an Attention that no UNet with an IP-Adapter has, and that only the replaced class honours."""
+    factor = attn.rescale_output_factor
     parts = {
+        # what is no number may be written to, or be one for each channel
+        "heads that are no whole number": not isinstance(attn.heads, Integral),
         "spatial_norm": attn.spatial_norm is not None,
         "group_norm": attn.group_norm is not None,
         "norm_cross": bool(attn.norm_cross),
         "residual_connection": bool(attn.residual_connection),
-        "rescale_output_factor": attn.rescale_output_factor != 1,
+        "rescale_output_factor": not (isinstance(factor, Real) and factor == 1),
     }
     return [f"attention with {part}: only diffusers' own code honours it" for part, there in parts.items() if there]
 
