@@ -55,7 +55,7 @@ def set_scales(pipe: Any, scale: Any) -> None:
 
 def outcome(pipe: Any, control: Control) -> Tensor | str:
     try:
-        return generate(pipe, ("base",), control, steps=3)
+        return generate(pipe, ("base",), control, steps=2)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
@@ -68,17 +68,17 @@ def test_every_kind_of_number_is_a_scale(name: str, place: str, dtype: torch.dty
     control = CONTROLS["one scale" if place == "alone" else "masks for two images"]
     pipe = build("sd", ("base",), dtype)
     set_scales(pipe, number(0.7123) if place == "alone" else [number(0.7123), 0.3])
-    expected = generate(pipe, ("base",), control, steps=3)
+    expected = generate(pipe, ("base",), control, steps=2)
     ipa_kernels.enable(pipe, impl="eager")
-    assert torch.equal(generate(pipe, ("base",), control, steps=3), expected)
+    assert torch.equal(generate(pipe, ("base",), control, steps=2), expected)
     report = ipa_kernels.explain(pipe)
     assert report.eager == len(report.layers), str(report)
     assert report.cache.hits > 0
     set_scales(pipe, 0.0 if place == "alone" else [0.0, 0.0])
-    assert not torch.equal(generate(pipe, ("base",), control, steps=3), expected), "the scale makes no difference"
+    assert not torch.equal(generate(pipe, ("base",), control, steps=2), expected), "the scale makes no difference"
 
 
-@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("name", ["np.float64", "np.bool", "float32 tensor"])
 def test_the_kernel_takes_every_kind_of_number(name: str) -> None:
     pipe = build("sd", ("base",))
     set_scales(pipe, NUMBERS[name](0.7123))
@@ -139,10 +139,10 @@ def test_a_scale_changed_in_the_middle_of_a_generation_is_seen(name: str) -> Non
         pipe = build("sd", ("base",))
         for _ in range(2):
             set_scales(pipe, number(0.7123))
-            pictures.append(generate(pipe, ("base",), steps=5, callback_on_step_end=callback(in_place)))
+            pictures.append(generate(pipe, ("base",), steps=4, callback_on_step_end=callback(in_place)))
             ipa_kernels.enable(pipe)
         set_scales(pipe, number(0.7123))
-        assert not torch.equal(generate(pipe, ("base",), steps=5), pictures[0]), "the change makes no difference"
+        assert not torch.equal(generate(pipe, ("base",), steps=4), pictures[0]), "the change makes no difference"
         assert torch.equal(*pictures)
 
 

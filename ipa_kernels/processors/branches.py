@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..conditioning import State, remember
 from ..ops import UnsupportedError
 from ..ops.arguments import Problem, check_arguments
+from ..scales import factor
 from ..session import Layer
 from .projections import pure_state
 
@@ -46,7 +47,7 @@ def problem(
             image_key, image_value = _keys_and_values(layer, attn, state, use, *projections, runs_kernel)
             keys.append(image_key)
             values.append(image_value)
-            scales.append(scale[i] if isinstance(scale, list) else scale)
+            scales.append(factor(scale[i] if isinstance(scale, list) else scale, query.dtype, query.device))
             vectors.append(None if mask is None else _mask_vector(mask, i, query))
     return check_arguments(_split(query, attn.heads), key, value, keys, values, scales, vectors, None, softmax_scale)
 

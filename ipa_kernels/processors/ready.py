@@ -5,7 +5,7 @@ mask or module is kept alive by it.
 """
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -15,6 +15,7 @@ from ..conditioning import Memory, Snapshot, State, is_hooked, is_plain
 from ..ops.arguments import Problem
 from ..ops.decoupled_attention import prepare, run
 from ..ops.support import allows_tf32
+from ..scales import number
 from ..session import Layer
 from .projections import pure_state
 
@@ -41,13 +42,11 @@ class Photo:
             raise Doubtful
         self._hidden = hidden_states.shape, hidden_states.dtype, hidden_states.device
         self._modes = _modes(hidden_states)
-        self._scales = [list(scale) if isinstance(scale, list) else scale for scale in processor.scale]
-        if any(type(s) not in (int, float) for scale in self._scales for s in (scale if isinstance(scale, list) else [scale])):
-            raise Doubtful
+        self._scales = [list(map(_seen, scale)) if isinstance(scale, list) else _seen(scale) for scale in processor.scale]
         self._masked = None if masks is None else len(masks)
         inputs = [*images, *(masks or ())]
         # an adapter of scale 0 is not read: whose its inputs are is known, not what is in them
-        read = [any(scale) if isinstance(scale, list) else scale != 0 for scale in self._scales]
+        read = [any(scale) if isinstance(scale, list) else bool(scale) for scale in self._scales]
         self._inputs = [_Input(tensor, reads) for tensor, reads in zip(inputs, read * 2, strict=False)]
         self._projections: list[_Projection | None] = [_Projection(attn.to_k), _Projection(attn.to_v)]
         for names in (processor.to_k_ip, processor.to_v_ip):
@@ -177,6 +176,24 @@ def _modes(tensor: Tensor) -> tuple[Any, ...]:
     )
 
 
+class _SeenTensor(NamedTuple):
+    """A tensor that is the scale of an adapter, as it was."""
+
+    dtype: torch.dtype
+    value: float
+
+    def __bool__(self) -> bool:
+        return self.value != 0
+
+
+def _seen(scale: Any) -> Any:
+    """A scale as it is now, to be compared: a number itself, of a tensor what it holds. Raises Doubtful for other things."""
+    value = number(scale)
+    if value is None:
+        raise Doubtful
+    return _SeenTensor(scale.dtype, value) if isinstance(scale, Tensor) else scale
+
+
 def _are_same_scales(scales: Any, known: list[Any]) -> bool:
     """By type and value: comparing tensors, which a scale may become, would wait for a GPU."""
     if not isinstance(scales, list) or len(scales) != len(known):
@@ -184,6 +201,9 @@ def _are_same_scales(scales: Any, known: list[Any]) -> bool:
     for scale, before in zip(scales, known, strict=True):
         if isinstance(before, list):
             if not _are_same_scales(scale, before):
+                return False
+        elif isinstance(before, _SeenTensor):
+            if not isinstance(scale, Tensor) or (scale.dtype, number(scale)) != before:
                 return False
         elif type(scale) is not type(before) or scale != before:
             return False

@@ -6,6 +6,8 @@ from typing import Any
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
+from ..scales import number
+
 
 def unusual(
     processor: Any, attn: Attention, hidden_states: Tensor, states: Any, attention_mask: Tensor | None, masks: Any, scales: Any
@@ -52,9 +54,10 @@ def _unusual_masks(scales: list[Any], masks: Any, images: list[Tensor], batch: i
             "own code; pass such a list"
         ]
     for scale, mask, state in zip(scales, masks, images, strict=True):
-        numbers = scale if isinstance(scale, list) else [scale]
-        if scale is not None and any(type(s) not in (int, float) for s in numbers):
-            return [f"adapter scale: got {scale!r}; set a number, or a list of numbers"]
+        if scale is not None:
+            other = [one for one in (scale if isinstance(scale, list) else [scale]) if number(one) is None]
+            if other:
+                return [f"adapter scale: got {_described(other[0])}; set a number, or a list of numbers"]
         if mask is None:
             if isinstance(scale, list) and any(s != 0 for s in scale):
                 return ["adapter scales per image: only images with masks have a scale each; pass masks, or set one scale"]
@@ -66,6 +69,14 @@ def _unusual_masks(scales: list[Any], masks: Any, images: list[Tensor], batch: i
             got = f"got {list(mask.shape)} for a batch of {batch} with scale {scale!r}"
             return [f"ip_adapter_masks: {got}; pass one row, or one for each row of the batch, and a scale per image"]
     return []
+
+
+def _described(scale: Any) -> str:
+    """A scale that is no number, without its value where that would have to be waited for."""
+    if not isinstance(scale, Tensor):
+        return repr(scale)
+    gradient = " that requires grad" if scale.requires_grad else ""
+    return f"a tensor{gradient} of {scale.ndim} dimensions, {scale.dtype}, on {scale.device}"
 
 
 def _unusual_attention(attn: Attention) -> list[str]:
