@@ -62,6 +62,9 @@ class Table:
 
     def follow(self, scales: Any, masks: list[Any] | None, device: torch.device) -> None:
         """Take over what a list holds now, for a step with these masks; does nothing where it is known."""
+        if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+            # nobody reads the table, and sizes are tensors
+            return
         images = _images(masks)
         rows = _rows(scales, images)
         now = device, images, rows

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -32,6 +33,9 @@ def _position(timestep: Any) -> tuple[object, float]:
     """
     if isinstance(timestep, int | float):
         return "numbers", -float(timestep)
+    if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        # sizes are tensors, whose values are not for a trace to depend on
+        return None, 0.0
     if not isinstance(timestep, Tensor) or timestep.numel() == 0:
         return None, 0.0
     is_one = timestep.numel() == 1 or timestep.stride(0) == 0

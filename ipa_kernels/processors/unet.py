@@ -183,7 +183,9 @@ def _record(
 
 def _cannot(layer: Layer, attn: Attention, hidden_states: Tensor, reasons: list[str]) -> str:
     reasons = reasons + layer_reasons(hidden_states.device, hidden_states.dtype, attn.inner_dim // attn.heads)
-    saw = f"hidden_states {list(hidden_states.shape)}, {hidden_states.dtype}, {hidden_states.device}"
+    # sizes are tensors while torch.jit traces
+    shape = "of any shape" if torch.jit.is_tracing() else list(hidden_states.shape)  # type: ignore[no-untyped-call]
+    saw = f"hidden_states {shape}, {hidden_states.dtype}, {hidden_states.device}"
     return f'{layer.name}: impl="triton" cannot run {saw}: ' + "; ".join(reasons)
 
 

@@ -3,6 +3,7 @@
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
@@ -16,6 +17,9 @@ def unusual(
 
     scales: of the processor; for a graph one None for each adapter, since a value that is looked at is compiled in.
     """
+    if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        # sizes are tensors here: nothing is compared
+        return ["torch.jit.trace: diffusers' own code is traced, the kernel is not; use torch.compile to have it in a graph"]
     reasons = _unusual_attention(attn)
     if attention_mask is not None:
         reasons.append(
