@@ -231,14 +231,27 @@ def unet_of(target: Any) -> Any:
     _families()
     from diffusers import UNet2DConditionModel, UNetMotionModel
 
-    unet = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
-    unet = getattr(unet, "_orig_mod", unet)
-    if not isinstance(unet, UNet2DConditionModel | UNetMotionModel):
-        raise TypeError(
-            "target: expected a diffusers pipeline with a UNet that takes IP-Adapters, or that UNet (UNet2DConditionModel, "
-            f"UNetMotionModel), got {type(target).__name__}"
-        )
+    given = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
+    unet, path = _original(given), ""
+    while not isinstance(unet, UNet2DConditionModel | UNetMotionModel):
+        # DataParallel and its relatives keep what they wrap under this name
+        inside = getattr(unet, "module", None) if isinstance(unet, nn.Module) else None
+        if inside is None:
+            has = "" if given is target or given is None else f" with a {type(given).__name__} as its unet"
+            raise TypeError(
+                "target: expected a diffusers pipeline with a UNet that takes IP-Adapters, or that UNet (UNet2DConditionModel, "
+                f"UNetMotionModel), got {type(target).__name__}{has}"
+            )
+        unet, path = _original(inside), f"{path}.module"
+    if path:
+        kind, name = type(_original(given)).__name__, "target" if given is target else "pipe.unet"
+        raise TypeError(f"target: expected the UNet itself, got it inside a {kind}; pass {name}{path}")
     return unet
+
+
+def _original(module: Any) -> Any:
+    """What was compiled, of a compiled module; any other itself."""
+    return getattr(module, "_orig_mod", module)
 
 
 def execution_device(unet: Any) -> torch.device:
