@@ -16,6 +16,7 @@ from torch import nn
 from .conditioning import Memory
 from .ops.decoupled_attention import UnsupportedError, check_impl
 from .report import CacheReport, LayerReport, Report
+from .session import Session
 
 OFF = "IPA_KERNELS_DISABLE"
 
@@ -141,7 +142,7 @@ def _switch_on(unet: Any, target: str, options: Any) -> Report:
         state.attach(unet)
         report = _report(unet, target)
         session.memory = Memory()
-        report.cache = CacheReport()
+        report.cache, report.cache_reason = CacheReport(), _cache_reason(state)
         return report
     except BaseException:
         session.impl, session.cache = before
@@ -194,7 +195,15 @@ def _report(unet: Any, target: str) -> Report:
         cache=CacheReport() if memory is None else CacheReport(memory.hits, memory.misses, memory.bytes),
         graphs=None if graphs is None else graphs.report(),
         prepared=0 if buffers is None else buffers.bytes,
+        cache_reason=_cache_reason(state),
     )
+
+
+def _cache_reason(state: Any) -> str:
+    if state is None:
+        return ""
+    session: Session = state.session
+    return session.memory.reason if session.cache else "cache=False"
 
 
 def clear_cache(target: Any) -> None:

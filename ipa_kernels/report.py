@@ -45,6 +45,7 @@ class Report:
     """A snapshot of what runs where. The counts take what a layer ran last, before its first call what is planned.
 
     prepared: bytes of what `prepare` keeps in place for compiled and captured steps. graphs: None where `graphed` is off.
+    cache_reason: why values were not kept in the last step, "" where all were.
     """
 
     target: str
@@ -55,6 +56,7 @@ class Report:
     cache: CacheReport = field(default_factory=CacheReport)
     prepared: int = 0
     graphs: GraphReport | None = None
+    cache_reason: str = ""
 
     @property
     def triton(self) -> int:
@@ -87,8 +89,9 @@ class Report:
         for (impl, planned, calls, reason), layers in groups.items():
             what = "planned" if planned else f"{calls} calls each"
             lines.append(f"  {layers:>4} x {impl:6} {what}{': ' + reason if reason else ''}")
-        if any(self.cache):
-            lines.append(f"  cache: {self.cache.hits} hits, {self.cache.misses} misses, {self.cache.bytes} bytes")
+        if any(self.cache) or self.cache_reason:
+            why = f"; not kept: {self.cache_reason}" if self.cache_reason else ""
+            lines.append(f"  cache: {self.cache.hits} hits, {self.cache.misses} misses, {self.cache.bytes} bytes{why}")
         if self.prepared:
             lines.append(f"  prepared: {self.prepared} bytes")
         if self.graphs is not None:

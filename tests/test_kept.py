@@ -220,7 +220,7 @@ DOUBTS: dict[str, tuple[Story, Callable[[Loop], object], str]] = {
     "inference mode": (numbers, in_mode(torch.inference_mode), r"torch.inference_mode.*use torch.no_grad\(\)"),
     "inputs made in inference mode": (numbers, inputs_of_inference, r"torch.inference_mode.*use torch.no_grad\(\)"),
     "gradients": (numbers, in_mode(nullcontext), r"gradients.*use torch.no_grad\(\)"),
-    "a text that requires grad": (numbers, text_that_requires_grad, r"requires grad"),
+    "a text that requires grad": (numbers, text_that_requires_grad, r"requires_grad: .*use .detach"),
     "a quantised to_k": (numbers, quantised_keys, rf"{LAYER}: .*Quantised"),
     "a quantised to_v_ip": (numbers, quantised_adapter, rf"{LAYER}: .*Quantised"),
     "a quantised image projection": (numbers, quantised_projection, r"encoder_hid_proj.*Quantised"),

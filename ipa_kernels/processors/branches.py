@@ -14,7 +14,7 @@ from ..ops import UnsupportedError
 from ..ops.arguments import Problem, check_arguments
 from ..scales import factor
 from ..session import Layer
-from .projections import pure_state
+from .projections import doubt, pure_state
 
 
 def problem(
@@ -164,7 +164,8 @@ def _keys_and_values(
         # like stock, once for each: autograd then sums their gradients in stock's order
         return _split(to_k(tokens()), attn.heads), _split(to_v(tokens()), attn.heads)
 
-    return remember(states, (layer, use, attn.heads), lambda: pure_state(to_k, to_v), project)
+    state, why = lambda: pure_state(to_k, to_v), lambda: f"{layer.name}: {doubt(to_k, to_v)}"
+    return remember(states, (layer, use, attn.heads), state, project, why)
 
 
 def _mask_vector(mask: Tensor, i: int, query: Tensor) -> Tensor:

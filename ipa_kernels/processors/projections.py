@@ -12,7 +12,7 @@ import torch
 from diffusers.models import activations, attention, attention_processor, embeddings
 from torch import Tensor, nn
 
-from ..conditioning import State, active, remember, state_of
+from ..conditioning import State, active, doubt_of, remember, state_of
 from ..session import Session
 
 # without state of their own that a call reads
@@ -64,6 +64,11 @@ def pure_state(*modules: nn.Module) -> State | None:
     return state_of(modules, known)
 
 
+def doubt(*modules: nn.Module) -> str:
+    """Why `pure_state` is None."""
+    return doubt_of(modules, known)
+
+
 class _Remembering(nn.Module):
     """What both subclasses share."""
 
@@ -92,7 +97,9 @@ def _tokens(embeds: Tensor, layer: nn.Module) -> Tensor:
         tokens.repeat_interleave = _Repeated(tokens)  # type: ignore[method-assign, assignment]
         return tokens
 
-    return remember(embeds, (id(layer), "tokens"), lambda: pure_state(layer), project)
+    return remember(
+        embeds, (id(layer), "tokens"), lambda: pure_state(layer), project, lambda: f"encoder_hid_proj: {doubt(layer)}"
+    )
 
 
 class _Repeated:
@@ -119,11 +126,8 @@ class Linear(_Remembering, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """As `torch.nn.Linear`."""
         forward = super().forward
-        return remember(input, (id(self), "text"), lambda: _own_state(self), lambda: forward(input))
-
-
-def _own_state(module: Linear) -> State | None:
-    return state_of((module,), lambda module: State())
+        own = (self,), lambda module: State()
+        return remember(input, (id(self), "text"), lambda: state_of(*own), lambda: forward(input), lambda: doubt_of(*own))
 
 
 OURS: dict[type, Any] = {
