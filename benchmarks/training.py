@@ -33,6 +33,7 @@ from ipa_kernels.cases import CASES, Case
 from ipa_kernels.measure import first_line, gate, interleaved, machine_facts, peak_bytes
 from ipa_kernels.ops.arguments import check_arguments
 from ipa_kernels.ops.decoupled_attention import choose
+from ipa_kernels.report import plural
 from ipa_kernels.unet_steps import in_float64
 
 from .peers import sdpa, stock_order
@@ -320,7 +321,8 @@ def main() -> int:
 def _core_lines(row: dict[str, Any]) -> str:
     case, query = row["case"], row["query_bytes"]
     keys = "+".join(map(str, (case["text"], *case["images"])))
-    lines = [f"{case['name']}, gradients {row['wanted']}: {case['heads']} heads of {case['head_dim']}, {keys} keys"]
+    heads = f"{case['heads']} head{plural(case['heads'])} of {case['head_dim']}"
+    lines = [f"{case['name']}, gradients {row['wanted']}: {heads}, {keys} keys"]
     if not row["within"]:
         return "\n".join([*lines, f"  not timed: {row['reason']}"])
     for name, entry in row["candidates"].items():

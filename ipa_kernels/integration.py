@@ -15,7 +15,7 @@ from torch import nn
 
 from .conditioning import Memory
 from .ops.decoupled_attention import UnsupportedError, check_impl
-from .report import CacheReport, LayerReport, Report
+from .report import CacheReport, LayerReport, Report, plural
 from .session import Session
 
 OFF = "IPA_KERNELS_DISABLE"
@@ -281,5 +281,5 @@ def _demand_kernel(unet: Any) -> None:
         for reason in reasons:
             refused.setdefault(reason, []).append(name)
     if refused:
-        lines = (f"{reason} ({len(names)} layers, first {names[0]})" for reason, names in refused.items())
+        lines = (f"{reason} ({len(names)} layer{plural(len(names))}, first {names[0]})" for reason, names in refused.items())
         raise UnsupportedError(f'impl="triton" cannot run this model ({dtype}, {device}): ' + "; ".join(lines))

@@ -13,10 +13,10 @@ from .zoo.generate import generate
 from .zoo.pipelines import build
 
 
-@pytest.mark.parametrize(("number", "text"), [(0, "0 steps"), (1, "1 step"), (2, "2 steps")])
-def test_plural(number: int, text: str) -> None:
-    assert f"{number} step{plural(number)}" == text
-    assert f"{number} miss{plural(number, 'es')}" == text.replace("step", "miss").replace("misss", "misses")
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_plural(number: int) -> None:
+    assert f"step{plural(number)}" == ("step" if number == 1 else "steps")
+    assert f"entr{plural(number, 'ies', 'y')}" == ("entry" if number == 1 else "entries")
 
 
 def test_a_report_of_one_of_each() -> None:

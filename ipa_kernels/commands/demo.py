@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from ..dtypes import dtype_name
+from ..report import plural
 from .errors import UserError
 from .files import check_overwriting, writable
 from .generation import Request, compare, enough_memory, print_outcome
@@ -59,7 +60,8 @@ def run(options: Options) -> int:
         pipe.to(device)
         pipe.set_ip_adapter_scale(options.scale)
         print(f"{type(pipe).__name__} ({what}) on {device} in {dtype_name(dtype)}")
-        print(f"{options.steps} steps after one to warm up, seed {options.seed}, IP-Adapter scale {options.scale}", flush=True)
+        steps = f"{options.steps} step{plural(options.steps)} after one to warm up"
+        print(f"{steps}, seed {options.seed}, IP-Adapter scale {options.scale}", flush=True)
         arguments = {"prompt": options.prompt, "ip_adapter_image": reference}
         stock, fused, report = compare(Request(pipe, device, arguments, options.steps, options.seed))
     size = f"{stock.picture.width}x{stock.picture.height}"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..dtypes import dtype_name
+from ..report import plural
 from .errors import UserError
 from .files import check_overwriting, writable
 from .generation import Request, Result, accelerate, check_size, compare, enough_memory, print_outcome
@@ -156,7 +157,7 @@ def _print_request(request: Request, options: Options, dtype: torch.dtype, input
         print(f"{each.adapter.name}: {images}{where}, scale {scale}")
     warm_up = " after one to warm up" if options.compare else ""
     size = f"{arguments['width']}x{arguments['height']}"
-    print(f"{size}, {options.steps} steps{warm_up}, seed {options.seed}", flush=True)
+    print(f"{size}, {options.steps} step{plural(options.steps)}{warm_up}, seed {options.seed}", flush=True)
     tokenizer = getattr(pipe, "tokenizer", None)
     if tokenizer is not None and len(tokenizer(options.prompt).input_ids) > tokenizer.model_max_length:
         print(f"note: the pipeline reads the first {tokenizer.model_max_length} tokens of the prompt, not all of it")

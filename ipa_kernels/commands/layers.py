@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from .. import reference
 from ..integration import accelerated, explain, unet_of
 from ..report import LayerReport, Report
-from .findings import Checked, Finding, failure
+from .findings import Checked, Finding, failure, layer_shape
 from .progress import progress
 
 STEPS = 3
@@ -158,4 +158,4 @@ def _same(out: Any, finished: Any) -> bool:
 def _shape(attention: Any, hidden_states: Tensor, encoder_hidden_states: Any, *rest: Any, **options: Any) -> str:
     text, images = encoder_hidden_states
     keys = "+".join(str(tokens.shape[1:-1].numel()) for tokens in (text, *images))
-    return f"{attention.heads}x{attention.inner_dim // attention.heads} heads, {hidden_states.shape[1]} queries, {keys} keys"
+    return layer_shape(attention.heads, attention.inner_dim // attention.heads, hidden_states.shape[1], keys)

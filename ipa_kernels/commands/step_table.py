@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..report import plural
 from ..unet_steps import VARIANTS
 from .tables import table, wrapped
 
@@ -32,9 +33,10 @@ def step_table(name: str, document: dict[str, Any]) -> str:
         table(lines),
     ]
     if entry["first image"]:
-        steps = document["steps of an image"]
+        count = document["steps of an image"]
+        steps = f"{count} step{plural(count)}"
         parts += [
-            f"s to an image, one adapter, {steps} steps, from a pipeline in memory to its latents, a process each:",
+            f"s to an image, one adapter, {steps}, from a pipeline in memory to its latents, a process each:",
             _first_image(entry["first image"]),
         ]
     return "\n".join(parts)

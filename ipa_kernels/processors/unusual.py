@@ -7,6 +7,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
+from ..report import plural
 from ..scales import number
 
 
@@ -35,7 +36,8 @@ def unusual(
         ]
     text, images = states
     if len(images) != len(processor.to_k_ip) or not isinstance(scales, list) or len(scales) != len(images):
-        count = f"got {len(images)} for {len(processor.to_k_ip)} adapters with scales {scales}"
+        adapters = len(processor.to_k_ip)
+        count = f"got {len(images)} for {adapters} adapter{plural(adapters)} with scales {scales}"
         return [*reasons, f"image inputs: {count}; give each adapter one image input and one scale"]
     if any(state.ndim not in (3, 4) for state in images):
         reasons.append("image tokens: not three or four dimensions; pass [batch, images, tokens, channels]")
@@ -81,7 +83,7 @@ def _described(scale: Any) -> str:
     if not isinstance(scale, Tensor):
         return repr(scale)
     gradient = " that requires grad" if scale.requires_grad else ""
-    return f"a tensor{gradient} of {scale.ndim} dimensions, {scale.dtype}, on {scale.device}"
+    return f"a tensor {list(scale.shape)}{gradient}, {scale.dtype}, on {scale.device}"
 
 
 def _unusual_attention(attn: Attention) -> list[str]:

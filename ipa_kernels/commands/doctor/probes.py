@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from ... import __version__
+from ...report import plural
 from .diagnosis import BUILDS, Diagnosis
 from .redaction import redacted
 
@@ -52,7 +53,8 @@ def _with_torch(found: Diagnosis, torch: Any) -> None:
     found.installed["torch"] = f"{torch.__version__} ({devices.build()})"
     facts = machine_facts(torch.device("cpu"))
     found.ipa_kernels |= {name: facts[name] for name in ("commit", "source")}
-    found.installed["processor"] = f"{facts['processor']}, {facts['threads']} threads"
+    threads = facts["threads"]
+    found.installed["processor"] = f"{facts['processor']}, {threads} thread{plural(threads)}"
     precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     found.environment["torch.backends.cuda.matmul.fp32_precision"] = precision
     gpus = devices.count(found)
