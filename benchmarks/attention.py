@@ -31,6 +31,7 @@ from ipa_kernels.benchmarking.device_time import Ceiling, cache_bytes, ceilings,
 from ipa_kernels.benchmarking.machine import machine_facts
 from ipa_kernels.benchmarking.timing import Timing, first_line, interleaved
 from ipa_kernels.reference import Comparison
+from ipa_kernels.report import plural
 from ipa_kernels.testing.layer_cases import CASES, Case, Inputs
 
 from .peers import PEERS, bind, runs, sdpa, stock_order
@@ -245,9 +246,8 @@ def _eager_peers() -> list[str]:
 
 def _lines(case: Case, row: dict[str, Any]) -> str:
     keys = "+".join(map(str, (case.text, *case.images)))
-    lines = [
-        f"{case.name}: {case.heads} heads of {case.head_dim}, {case.queries} queries, {keys} keys{', masked' * case.masked}"
-    ]
+    heads = f"{case.heads} head{plural(case.heads)} of {case.head_dim}"
+    lines = [f"{case.name}: {heads}, {case.queries} queries, {keys} keys{', masked' * case.masked}"]
     if not row["within"]:
         lines.append(f"  not timed: {row.get('reason') or f'outside the error budget, {_error(row, row)}'}")
     for name, entry in row["candidates"].items():

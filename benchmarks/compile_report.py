@@ -41,6 +41,7 @@ from ipa_kernels.kernels.forward import decoupled_attention_kernel
 from ipa_kernels.kernels.launch_table import LaunchConfig
 from ipa_kernels.kernels.specialization import INTERPRETED, Variant, source, variant
 from ipa_kernels.kernels.specialization_backward import Wanted, backward_source
+from ipa_kernels.report import plural
 
 from . import backward_classes
 from .backward_classes import LONG
@@ -299,9 +300,9 @@ def main() -> int:
             rows.append(row(entry, counted))
             print(_line(entry, counted, rows[-1]), flush=True)
     for reason, number in Counter(row["excess"] for row in rows if row["excess"]).items():
-        print(f"{number} entries with over 10 % more matrix instructions than the least: {reason}")
+        print(f"{number} entr{plural(number, 'ies', 'y')} with over 10 % more matrix instructions than the least: {reason}")
     unfit = sum(bool(row["faults"]) for row in rows)
-    print(f"{len(asked)} entries, {unfit} unfit (triton {triton.__version__})")
+    print(f"{len(asked)} entr{plural(len(asked), 'ies', 'y')}, {unfit} unfit (triton {triton.__version__})")
     for arch in archs:
         for dtype in arguments.dtype:
             print(f"{arch} {dtype}: {'; '.join(table.refusals(arch, _bits(dtype)))}")

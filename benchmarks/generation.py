@@ -38,6 +38,7 @@ from ipa_kernels.benchmarking.timing import interleaved
 from ipa_kernels.integration.conditioning_cache import Memory
 from ipa_kernels.integration.processors import unet as processors
 from ipa_kernels.integration.state import Session
+from ipa_kernels.report import plural
 from ipa_kernels.testing import tiny_pipelines
 
 from .operations import count, peak_memory
@@ -254,7 +255,9 @@ def main() -> int:
     print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None))
     small = measure_unet(device, dtype, arguments.steps, arguments.rounds)
     calls = small["calls per generation"]
-    print(f"\na small UNet, {small['steps']} steps, largest difference {small['largest difference']:.2g}")
+    print(
+        f"\na small UNet, {arguments.steps} step{plural(arguments.steps)}, largest difference {small['largest difference']:.2g}"
+    )
     for kind in calls["stock"]:
         print(f"  calls of {kind:17} stock {calls['stock'][kind]:6}   enabled {calls['enabled'][kind]:6}")
     for what, unit, factor in (("seconds per step", "ms", 1e3), ("peak memory", "MB", 1e-6)):
@@ -264,7 +267,8 @@ def main() -> int:
     models: dict[str, Any] = {}
     for model in arguments.model:
         text_dim, shapes = MODELS[model]
-        print(f"\n{model}: cross-attention of {sum(shape.layers for shape in shapes)} layers, batch 2, {dtype}")
+        layers = sum(shape.layers for shape in shapes)
+        print(f"\n{model}: cross-attention of {layers} layer{plural(layers)}, batch 2, {dtype}")
         for variant in arguments.adapters:
             rows = [measure_layer(shape, text_dim, variant, dtype, device, arguments.rounds) for shape in shapes]
             models.setdefault(model, {})[variant] = {"rows": rows}

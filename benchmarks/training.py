@@ -34,6 +34,7 @@ from ipa_kernels.benchmarking.timing import first_line, gate, interleaved, peak_
 from ipa_kernels.benchmarking.unet_step import in_float64
 from ipa_kernels.ops.api import choose
 from ipa_kernels.ops.validation import check_arguments
+from ipa_kernels.report import plural
 from ipa_kernels.testing.layer_cases import CASES, Case
 from ipa_kernels.testing.unet_models import MODELS, Inputs, Model, build, clone, load
 
@@ -323,7 +324,8 @@ def main() -> int:
 def _core_lines(row: dict[str, Any]) -> str:
     case, query = row["case"], row["query_bytes"]
     keys = "+".join(map(str, (case["text"], *case["images"])))
-    lines = [f"{case['name']}, gradients {row['wanted']}: {case['heads']} heads of {case['head_dim']}, {keys} keys"]
+    heads = f"{case['heads']} head{plural(case['heads'])} of {case['head_dim']}"
+    lines = [f"{case['name']}, gradients {row['wanted']}: {heads}, {keys} keys"]
     if not row["within"]:
         return "\n".join([*lines, f"  not timed: {row['reason']}"])
     for name, entry in row["candidates"].items():

@@ -5,6 +5,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 
+def plural(number: int, several: str = "s", one: str = "") -> str:
+    """What the noun after this number ends with."""
+    return one if number == 1 else several
+
+
 class FallbackWarning(UserWarning):
     """Something ran without the kernel; the text says what, why, and what to do. Once for each reason."""
 
@@ -45,6 +50,7 @@ class Report:
     """A snapshot of what runs where. The counts take what a layer ran last, before its first call what is planned.
 
     prepared: bytes of what `prepare` keeps in place for compiled and captured steps. graphs: None where `graphed` is off.
+    cache_reason: why values were not kept in the last step, "" where all were.
     """
 
     target: str
@@ -55,6 +61,7 @@ class Report:
     cache: CacheReport = field(default_factory=CacheReport)
     prepared: int = 0
     graphs: GraphReport | None = None
+    cache_reason: str = ""
 
     @property
     def triton(self) -> int:
@@ -79,21 +86,25 @@ class Report:
 
     def __str__(self) -> str:
         state = f"enabled, impl={self.impl!r}" if self.enabled else "not enabled"
-        head = f"{self.target}: {state}; {len(self.layers)} IP-Adapter layers"
+        head = f"{self.target}: {state}; {len(self.layers)} IP-Adapter layer{plural(len(self.layers))}"
         lines = [f"{head}: {self.triton} triton, {self.eager} eager, {self.stock} stock" if self.layers else head]
         if self.note:
             lines.append(f"  {self.note}")
         groups = Counter((layer.impl or layer.planned, layer.impl is None, layer.calls, layer.reason) for layer in self.layers)
         for (impl, planned, calls, reason), layers in groups.items():
-            what = "planned" if planned else f"{calls} calls each"
+            what = "planned" if planned else f"{calls} call{plural(calls)} each"
             lines.append(f"  {layers:>4} x {impl:6} {what}{': ' + reason if reason else ''}")
-        if any(self.cache):
-            lines.append(f"  cache: {self.cache.hits} hits, {self.cache.misses} misses, {self.cache.bytes} bytes")
+        if any(self.cache) or self.cache_reason:
+            why = f"; not kept: {self.cache_reason}" if self.cache_reason else ""
+            hits, misses, size = self.cache
+            found = f"{hits} hit{plural(hits)}, {misses} miss{plural(misses, 'es')}, {size} byte{plural(size)}"
+            lines.append(f"  cache: {found}{why}")
         if self.prepared:
-            lines.append(f"  prepared: {self.prepared} bytes")
+            lines.append(f"  prepared: {self.prepared} byte{plural(self.prepared)}")
         if self.graphs is not None:
             why = f"; last step not replayed: {self.graphs.reason}" if self.graphs.reason else ""
-            lines.append(f"  graphs: {self.graphs.captured} captured, {self.graphs.replays} replays{why}")
+            replays = self.graphs.replays
+            lines.append(f"  graphs: {self.graphs.captured} captured, {replays} replay{plural(replays)}{why}")
         return "\n".join(lines)
 
     def _count(self, impl: str) -> int:

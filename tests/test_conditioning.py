@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
@@ -168,11 +169,20 @@ def other_heads(scene: Scene) -> None:
     scene.attention().heads = 2
 
 
+def a_numpy_number_as_the_factor(scene: Scene) -> None:
+    scene.attention().rescale_output_factor = np.float64(2.0)
+
+
+def a_factor_for_each_channel(scene: Scene) -> None:
+    scene.attention().rescale_output_factor = torch.linspace(1, 2, scene.attention().to_out[0].out_features)
+
+
 CHANGES = [
     replace_text, refill_text, refill_text_through_a_view, text_data, replace_images, replace_images_in_the_list, refill_images,
     more_images, edit_text_weight, edit_image_weight, replace_image_weight, replace_weight_data, replace_projection,
     optimizer_step, load_weights, hook_on_a_projection, hook_on_the_image_projection, forward_of_ones_own,
     edit_image_projection, to_float64_and_back, scales, add_masks, other_heads,
+    a_numpy_number_as_the_factor, a_factor_for_each_channel,
 ]  # fmt: skip
 
 

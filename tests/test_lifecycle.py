@@ -406,7 +406,7 @@ def test_a_switch_thrown_in_the_middle_of_a_generation(change: str) -> None:
 def with_tensor_scales(pipe: Any) -> None:
     for processor in pipe.unet.attn_processors.values():
         if hasattr(processor, "to_k_ip"):
-            processor.scale = [torch.tensor(0.5)]
+            processor.scale = [torch.tensor([0.5])]
 
 
 def with_a_scale_too_many(pipe: Any) -> None:

@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
@@ -127,6 +128,24 @@ def weight_a_plain_attribute(bench: Bench) -> None:
     bench.attention.to_k.weight = torch.randn(64, 48)
 
 
+def plain_callable(name: str) -> Callable[[Bench], None]:
+    """No module any more: a function with the same result, times two."""
+
+    def change(bench: Bench) -> None:
+        linear = getattr(bench.attention, name)
+        delattr(bench.attention, name)
+        setattr(bench.attention, name, lambda rows: linear(rows) * 2)
+
+    change.__name__ = f"{name} a plain function"
+    return change
+
+
+def a_plain_list_of_adapters(bench: Bench) -> None:
+    modules = list(bench.processor.to_k_ip)
+    del bench.processor.to_k_ip
+    bench.processor.to_k_ip = [nn.Linear(48, 64, bias=False), modules[1]]
+
+
 def a_third_module_in_to_out(bench: Bench) -> None:
     bench.attention.to_out.append(nn.Linear(64, 64))
 
@@ -157,13 +176,13 @@ def a_mask_left_out(bench: Bench) -> None:
         bench.options["ip_adapter_masks"] = [None, bench.options["ip_adapter_masks"][1]]
 
 
-def changed(name: str, value: Any) -> Callable[[Bench], None]:
+def changed(name: str, value: Any, how: str = "") -> Callable[[Bench], None]:
     """One attribute of the attention."""
 
     def change(bench: Bench) -> None:
         setattr(bench.attention, name, value() if callable(value) else value)
 
-    change.__name__ = name
+    change.__name__ = f"{name} {how}".strip()
     return change
 
 
@@ -171,10 +190,17 @@ CHANGES: list[Callable[[Bench], None]] = [
     linear_with_hook, linear_with_forward, projection_replaced, weight_replaced, bias_added, images_exchanged,
     one_image_written_to, class_patched, keys_written_to, masks_changed, a_mask_left_out, adapters_replaced, an_adapter_more,
     weight_a_plain_attribute, a_third_module_in_to_out, a_scale_set_while_to_q_runs, processor_moved_to_another_attention,
-    heads_a_property,
+    heads_a_property, plain_callable("to_q"), plain_callable("to_k"), a_plain_list_of_adapters,
     changed("heads", 4), changed("residual_connection", True), changed("rescale_output_factor", 2.0),
     changed("group_norm", lambda: nn.GroupNorm(4, 64)), changed("to_q", lambda: nn.Linear(64, 64)),
     changed("to_k", lambda: nn.Linear(48, 64)),
+    changed("rescale_output_factor", np.float64(2.0), "of numpy"),
+    changed("rescale_output_factor", torch.tensor(2.0), "a tensor"),
+    changed("rescale_output_factor", lambda: torch.rand(64) + 1, "of each channel"),
+    changed("heads", np.int64(4), "of numpy"), changed("heads", torch.tensor(4), "a tensor"),
+    changed("scale", torch.tensor(0.5), "a tensor"), changed("scale", torch.ones(2), "two"),
+    changed("scale", np.ones(2), "an array"), changed("residual_connection", np.bool_(True), "of numpy"),
+    changed("residual_connection", torch.tensor(True), "a tensor"), changed("norm_cross", np.bool_(False), "of numpy"),
 ]  # fmt: skip
 
 

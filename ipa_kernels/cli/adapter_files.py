@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 
+from ..report import plural
 from .errors import UserError, elsewhere, why
 
 WEIGHTS = {".safetensors", ".bin"}
@@ -116,5 +117,6 @@ def _problem(shapes: dict[str, tuple[int, ...]], unet: Any) -> str:
     layers = sum(not name.endswith("attn1.processor") for name in unet.attn_processors)
     width = unet.config.cross_attention_dim
     if (len(keys), keys[0][-1]) != (layers, width):
-        return f"it is for {len(keys)} layers and text {keys[0][-1]} wide, the UNet has {layers} layers and text {width} wide"
+        ours, theirs = f"{layers} layer{plural(layers)}", f"{len(keys)} layer{plural(len(keys))}"
+        return f"it is for {theirs} and text {keys[0][-1]} wide, the UNet has {ours} and text {width} wide"
     return ""

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..benchmarking.unet_step import VARIANTS
+from ..report import plural
 from .tables import table, wrapped
 
 HEAD = ["adapters", "stock", "enabled", "enabled / stock", "enabled / stock with none"]
@@ -32,9 +33,10 @@ def step_table(name: str, document: dict[str, Any]) -> str:
         table(lines),
     ]
     if entry["first image"]:
-        steps = document["steps of an image"]
+        count = document["steps of an image"]
+        steps = f"{count} step{plural(count)}"
         parts += [
-            f"s to an image, one adapter, {steps} steps, from a pipeline in memory to its latents, a process each:",
+            f"s to an image, one adapter, {steps}, from a pipeline in memory to its latents, a process each:",
             _first_image(entry["first image"]),
         ]
     return "\n".join(parts)

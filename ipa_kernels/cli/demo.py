@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..report import plural
 from .arguments import PROMPT, SCALE, Commands, add_command, add_machine, add_weights, finite, seed, steps
 from .errors import UserError
 from .output_files import check_overwriting, writable
@@ -90,7 +91,8 @@ def run(options: DemoOptions) -> int:
         pipe.to(device)
         pipe.set_ip_adapter_scale(options.scale)
         print(f"{type(pipe).__name__} ({what}) on {device} in {dtype_name(dtype)}")
-        print(f"{options.steps} steps after one to warm up, seed {options.seed}, IP-Adapter scale {options.scale}", flush=True)
+        steps = f"{options.steps} step{plural(options.steps)} after one to warm up"
+        print(f"{steps}, seed {options.seed}, IP-Adapter scale {options.scale}", flush=True)
         arguments = {"prompt": options.prompt, "ip_adapter_image": reference}
         stock, fused, report = compare(Request(pipe, device, arguments, options.steps, options.seed))
     size = f"{stock.picture.width}x{stock.picture.height}"

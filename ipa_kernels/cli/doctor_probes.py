@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 from .. import __version__
+from ..report import plural
 from .doctor_diagnosis import BUILDS, PACKAGES, Diagnosis
 
 VARIABLES = (
@@ -48,7 +49,8 @@ def _with_torch(found: Diagnosis, torch: Any) -> None:
     found.installed["torch"] = f"{torch.__version__} ({devices.build()})"
     facts = machine_facts(torch.device("cpu"))
     found.ipa_kernels |= {name: facts[name] for name in ("commit", "source")}
-    found.installed["processor"] = f"{facts['processor']}, {facts['threads']} threads"
+    threads = facts["threads"]
+    found.installed["processor"] = f"{facts['processor']}, {threads} thread{plural(threads)}"
     precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     found.environment["torch.backends.cuda.matmul.fp32_precision"] = precision
     gpus = devices.count(found)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..report import plural
 from .adapter_options import Adapter, check_adapters
 from .arguments import (
     SCALE,
@@ -280,7 +281,7 @@ def _print_request(request: Request, options: GenerateOptions, dtype: torch.dtyp
         print(f"{each.adapter.name}: {images}{where}, scale {scale}")
     warm_up = " after one to warm up" if options.compare else ""
     size = f"{arguments['width']}x{arguments['height']}"
-    print(f"{size}, {options.steps} steps{warm_up}, seed {options.seed}", flush=True)
+    print(f"{size}, {options.steps} step{plural(options.steps)}{warm_up}, seed {options.seed}", flush=True)
     tokenizer = getattr(pipe, "tokenizer", None)
     if tokenizer is not None and len(tokenizer(options.prompt).input_ids) > tokenizer.model_max_length:
         print(f"note: the pipeline reads the first {tokenizer.model_max_length} tokens of the prompt, not all of it")

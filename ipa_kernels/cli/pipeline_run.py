@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ..integration.api import accelerated
-from ..report import Report
+from ..report import Report, plural
 from .device import is_about_memory, memory_of
 from .errors import UserError, why
 from .pictures import largest_difference
@@ -104,7 +104,7 @@ def _check_steps(request: Request) -> None:
     """Raises UserError for more steps than the scheduler was trained with: each scheduler has an error of its own for that."""
     most = getattr(request.pipe.scheduler.config, "num_train_timesteps", None)
     if most is not None and request.steps > most:
-        raise UserError(f"--steps {request.steps}: the scheduler has only {most} steps; use fewer")
+        raise UserError(f"--steps {request.steps}: the scheduler has only {most} step{plural(most)}; use fewer")
 
 
 def _stock(request: Request, *, warm_up: bool = False) -> Result:

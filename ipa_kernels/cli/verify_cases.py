@@ -14,7 +14,7 @@ from ..ops.dispatch import call_reasons
 from ..ops.validation import check_arguments
 from ..testing.layer_cases import BY_ROW, CASES, Case
 from .errors import UserError
-from .verify_results import Checked, Finding, failure
+from .verify_results import Checked, Finding, failure, layer_shape
 
 NAMED = CASES | BY_ROW
 
@@ -33,7 +33,7 @@ def chosen_cases(names: Sequence[str] | None) -> list[Case]:
 def verify_case(case: Case, dtype: torch.dtype, device: torch.device, impl: str | None, seed: int) -> Checked:
     """One case in one dtype: the kernel where it runs, unless `impl` is "eager", and eager, unless `impl` is "triton"."""
     keys = "+".join(map(str, (case.text, *case.images)))
-    shape = f"{case.heads}x{case.head_dim} heads, {case.queries} queries, {keys} keys"
+    shape = layer_shape(case.heads, case.head_dim, case.queries, keys)
     findings: dict[str, Finding] = {}
     no_kernel = "--impl eager"
     if impl != "eager":

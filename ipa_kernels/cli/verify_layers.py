@@ -20,7 +20,7 @@ from .. import reference
 from ..integration.api import accelerated, explain, unet_of
 from ..report import LayerReport, Report
 from .progress import progress
-from .verify_results import Checked, Finding, failure
+from .verify_results import Checked, Finding, failure, layer_shape
 
 STEPS = 3
 """The first prepares what the others find again; and one of three largest errors may be chance (`reference.kept`)."""
@@ -169,4 +169,4 @@ def _rounded_alike(out: Tensor, finished: Tensor) -> bool:
 def _shape(attention: Any, hidden_states: Tensor, encoder_hidden_states: Any, *rest: Any, **options: Any) -> str:
     text, images = encoder_hidden_states
     keys = "+".join(str(tokens.shape[1:-1].numel()) for tokens in (text, *images))
-    return f"{attention.heads}x{attention.inner_dim // attention.heads} heads, {hidden_states.shape[1]} queries, {keys} keys"
+    return layer_shape(attention.heads, attention.inner_dim // attention.heads, hidden_states.shape[1], keys)

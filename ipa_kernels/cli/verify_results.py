@@ -13,9 +13,15 @@ import torch
 from ..benchmarking.timing import first_line
 from ..kernels.dtypes import dtype_name
 from ..reference import Comparison, kept
+from ..report import plural
 from .device import is_about_memory
 
 NAMES = {"triton": "the kernel", "eager": "eager attention", "stock": "diffusers' own code"}
+
+
+def layer_shape(heads: int, head_dim: int, queries: int, keys: str) -> str:
+    """In words; keys: of each branch."""
+    return f"{heads} head{plural(heads)} of {head_dim}, {queries} quer{plural(queries, 'ies', 'y')}, {keys} keys"
 
 
 @dataclass(frozen=True)

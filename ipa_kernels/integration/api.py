@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from ..ops.api import UnsupportedError, check_impl
-from ..report import CacheReport, LayerReport, Report
+from ..report import CacheReport, LayerReport, Report, plural
 from .conditioning_cache import Memory
+from .state import Session
 
 OFF = "IPA_KERNELS_DISABLE"
 
@@ -141,7 +142,7 @@ def _switch_on(unet: Any, target: str, options: Any) -> Report:
         state.attach(unet)
         report = _report(unet, target)
         session.memory = Memory()
-        report.cache = CacheReport()
+        report.cache, report.cache_reason = CacheReport(), _cache_reason(state)
         return report
     except BaseException:
         session.impl, session.cache = before
@@ -198,7 +199,15 @@ def _report(unet: Any, target: str) -> Report:
         cache=CacheReport() if memory is None else CacheReport(memory.hits, memory.misses, memory.bytes),
         graphs=None if graphs is None else graphs.report(),
         prepared=0 if buffers is None else buffers.bytes,
+        cache_reason=_cache_reason(state),
     )
+
+
+def _cache_reason(state: Any) -> str:
+    if state is None:
+        return ""
+    session: Session = state.session
+    return session.memory.reason if session.cache else "cache=False"
 
 
 def clear_cache(target: Any) -> None:
@@ -235,14 +244,27 @@ def unet_of(target: Any) -> Any:
     _families()
     from diffusers import UNet2DConditionModel, UNetMotionModel
 
-    unet = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
-    unet = getattr(unet, "_orig_mod", unet)
-    if not isinstance(unet, UNet2DConditionModel | UNetMotionModel):
-        raise TypeError(
-            "target: expected a diffusers pipeline with a UNet that takes IP-Adapters, or that UNet (UNet2DConditionModel, "
-            f"UNetMotionModel), got {type(target).__name__}"
-        )
+    given = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
+    unet, path = _original(given), ""
+    while not isinstance(unet, UNet2DConditionModel | UNetMotionModel):
+        # DataParallel and its relatives keep what they wrap under this name
+        inside = getattr(unet, "module", None) if isinstance(unet, nn.Module) else None
+        if inside is None:
+            has = "" if given is target or given is None else f" with a {type(given).__name__} as its unet"
+            raise TypeError(
+                "target: expected a diffusers pipeline with a UNet that takes IP-Adapters, or that UNet (UNet2DConditionModel, "
+                f"UNetMotionModel), got {type(target).__name__}{has}"
+            )
+        unet, path = _original(inside), f"{path}.module"
+    if path:
+        kind, name = type(_original(given)).__name__, "target" if given is target else "pipe.unet"
+        raise TypeError(f"target: expected the UNet itself, got it inside a {kind}; pass {name}{path}")
     return unet
+
+
+def _original(module: Any) -> Any:
+    """What was compiled, of a compiled module; any other itself."""
+    return getattr(module, "_orig_mod", module)
 
 
 def execution_device(unet: Any) -> torch.device:
@@ -263,5 +285,5 @@ def _demand_kernel(unet: Any) -> None:
         for reason in reasons:
             refused.setdefault(reason, []).append(name)
     if refused:
-        lines = (f"{reason} ({len(names)} layers, first {names[0]})" for reason, names in refused.items())
+        lines = (f"{reason} ({len(names)} layer{plural(len(names))}, first {names[0]})" for reason, names in refused.items())
         raise UnsupportedError(f'impl="triton" cannot run this model ({dtype}, {device}): ' + "; ".join(lines))

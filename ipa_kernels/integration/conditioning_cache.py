@@ -107,13 +107,14 @@ class Memory:
     """Everything that is remembered for one UNet.
 
     hits: values that were found; misses: values that had to be computed while the UNet ran; unkept: how many of those were not
-    kept, because something is in doubt.
+    kept, because something is in doubt; reason: why not, in the last step, "" where all were.
     """
 
     def __init__(self) -> None:
         self.hits = 0
         self.misses = 0
         self.unkept = 0
+        self.reason = ""
         self._sources = _Sources()
         self._schedule = Schedule()
 
@@ -127,12 +128,15 @@ class Memory:
         A timestep that does not follow the one before begins a new generation, and everything is forgotten: a weight may have
         been edited in a way that no version shows (`weight.data`).
         """
-        follows = self._schedule.follows(timestep, condition)
-        if not follows:
-            self.forget()
-        hooked = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
-        _ACTIVE.memory = None if torch.is_grad_enabled() or hooked or _is_recorded() else self
         _ACTIVE.stream = None if stream is None else stream.cuda_stream
+        follows = self._schedule.follows(timestep, condition)
+        self.reason = _reason_for_none()
+        _ACTIVE.memory = None if self.reason else self
+        if not follows:
+            # of tensors that are given again: that it is another generation may be a mistake
+            if any((one, _ACTIVE.stream) in self._sources for one in condition):
+                self.reason = self.reason or self._schedule.reason
+            self.forget()
         return follows
 
     @staticmethod
@@ -157,11 +161,15 @@ class Memory:
         while sources:
             sources.popitem()[1].drop()
 
-    def recall(self, source: Tensor, key: Hashable, state: State | None, compute: Callable[[], T]) -> T:
-        """`compute()`, or what it returned for the same source, key and state. Nothing is kept where state is None."""
+    def recall(
+        self, source: Tensor, key: Hashable, state: State | None, compute: Callable[[], T], doubt: Callable[[], str]
+    ) -> T:
+        """`compute()`, or what it returned for the same source, key and state. Nothing is kept where state is None, for the
+        reason of `doubt()`.
+        """
         if state is None or not is_plain(source):
             self.misses += 1
-            self.unkept += 1
+            self._doubt(doubt() if state is None else _doubt_of_tensor(source))
             return compute()
         sources = self._sources
         found = sources.get(_key(source))
@@ -175,11 +183,17 @@ class Memory:
             return value.result  # type: ignore[no-any-return]
         self.misses += 1
         result: Any = compute()
-        if all(is_plain(tensor) for tensor in (result if isinstance(result, tuple) else (result,))):
-            found.values[key] = _Value(state, result)
+        odd = [tensor for tensor in (result if isinstance(result, tuple) else (result,)) if not is_plain(tensor)]
+        if odd:
+            self._doubt(_doubt_of_tensor(odd[0]))
         else:
-            self.unkept += 1
+            found.values[key] = _Value(state, result)
         return result  # type: ignore[no-any-return]
+
+    def _doubt(self, reason: str) -> None:
+        """A value is not kept."""
+        self.unkept += 1
+        self.reason = self.reason or reason
 
     def call(self, source: object, key: object) -> Any:
         """What `keep_call` kept for this tensor as it is now, or None."""
@@ -234,10 +248,36 @@ def active() -> Memory | None:
     return None if torch.compiler.is_compiling() else _ACTIVE.memory
 
 
-def remember(source: Tensor, key: Hashable, state: Callable[[], State | None], compute: Callable[[], T]) -> T:
+def remember(
+    source: Tensor,
+    key: Hashable,
+    state: Callable[[], State | None],
+    compute: Callable[[], T],
+    doubt: Callable[[], str] = str,
+) -> T:
     """`Memory.recall` with the memory of the UNet that runs, or `compute()` where none does."""
     memory = active()
-    return compute() if memory is None else memory.recall(source, key, state(), compute)
+    return compute() if memory is None else memory.recall(source, key, state(), compute, doubt)
+
+
+def _reason_for_none() -> str:
+    """Why nothing may be kept of a step that begins, or found; "" where it may."""
+    if torch.is_grad_enabled():
+        return "gradients: they are recorded; use torch.no_grad() where none are needed"
+    if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        return "hooks on every module: they may change any value; remove them"
+    if _is_recorded():
+        return "recording: torch.jit.trace, torch.func, make_fx or a CUDA graph runs this step again with other data"
+    return ""
+
+
+def _doubt_of_tensor(tensor: Tensor) -> str:
+    """Why identity and version of a tensor that is not plain do not tell what is in it."""
+    if tensor.is_inference():
+        return "torch.inference_mode: a write to a tensor that was made in it leaves no trace; use torch.no_grad() instead"
+    if tensor.requires_grad:
+        return "requires_grad: of a prompt, an image or a mask; use .detach() where none is needed"
+    return f"{type(tensor).__name__} on {tensor.device}: a write to such an input may leave no trace"
 
 
 def _is_recorded() -> bool:
@@ -259,21 +299,40 @@ def state_of(modules: Iterable[nn.Module], known: Callable[[nn.Module], State | 
 
     known: from a module to the state of its own attributes, or None for a kind of module that is not known.
     """
+    found = _examined(modules, known)
+    return None if isinstance(found, str) else found
+
+
+def doubt_of(modules: Iterable[nn.Module], known: Callable[[nn.Module], State | None]) -> str:
+    """Why `state_of` is None."""
+    found = _examined(modules, known)
+    return found if isinstance(found, str) else ""
+
+
+def _examined(modules: Iterable[nn.Module], known: Callable[[nn.Module], State | None]) -> State | str:
     marks: list[Hashable] = []
     held: list[object] = []
     for root in modules:
+        if not isinstance(root, nn.Module):
+            return f"{type(root).__name__}: no module, so that it may depend on anything"
         for module in (root,) if type(root) is nn.Linear else root.modules():
-            own = known(module)
+            own, kind = known(module), type(module)
+            if own is None:
+                name = f"{kind.__module__}.{kind.__name__}"
+                return f"{name}: may depend on more than its input and weights; torch.nn.Linear does not"
+            if is_hooked(module):
+                return f"{kind.__name__}: has a hook or a forward of its own (offloading adds such); remove it"
             # a tensor that is a plain attribute is nobody's parameter, and its exchange leaves no trace
-            if own is None or is_hooked(module) or (type(module) is nn.Linear and "weight" not in module._parameters):
-                return None
+            if kind is nn.Linear and "weight" not in module._parameters:
+                return "Linear: its weight is no parameter; make it one"
             marks += (id(module), *own.marks)
             held += (module, *own.held)
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is None:
                     continue
                 if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference() or tensor.is_meta:
-                    return None
+                    made = ", made in torch.inference_mode" if tensor.is_inference() else ""
+                    return f"{type(tensor).__name__} on {tensor.device}{made}: a write to such a weight may leave no trace"
                 marks += (id(tensor), tensor._version, tensor.data_ptr())
                 held.append(tensor)
     return State(tuple(marks), tuple(held))

@@ -1,9 +1,14 @@
 """Calls that only diffusers' own code may run: each reason in one line, with what to do to use the kernel."""
 
+from numbers import Integral, Real
 from typing import Any
 
+import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
+
+from ..report import plural
+from .scale_table import number
 
 
 def unusual(
@@ -13,6 +18,9 @@ def unusual(
 
     scales: of the processor; for a graph one None for each adapter, since a value that is looked at is compiled in.
     """
+    if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        # sizes are tensors here: nothing is compared
+        return ["torch.jit.trace: diffusers' own code is traced, the kernel is not; use torch.compile to have it in a graph"]
     reasons = _unusual_attention(attn)
     if attention_mask is not None:
         reasons.append(
@@ -28,14 +36,16 @@ def unusual(
         ]
     text, images = states
     if len(images) != len(processor.to_k_ip) or not isinstance(scales, list) or len(scales) != len(images):
-        count = f"got {len(images)} for {len(processor.to_k_ip)} adapters with scales {scales}"
+        adapters = len(processor.to_k_ip)
+        count = f"got {len(images)} for {adapters} adapter{plural(adapters)} with scales {scales}"
         return [*reasons, f"image inputs: {count}; give each adapter one image input and one scale"]
     if any(state.ndim not in (3, 4) for state in images):
         reasons.append("image tokens: not three or four dimensions; pass [batch, images, tokens, channels]")
     batches = [hidden_states.shape[0], text.shape[0], *(state.shape[0] for state in images)]
     if len(set(batches)) > 1:
         got = f"expected the same, got {batches}"
-        reasons.append(f"batch sizes of queries, text and images: {got}; cut all of them where a callback cuts one")
+        todo = "cut all of them where a callback cuts one; a reference for each prompt takes one call per prompt"
+        reasons.append(f"batch sizes of queries, text and images: {got}; {todo}")
     reasons += _unusual_masks(scales, masks, images, hidden_states.shape[0])
     return reasons
 
@@ -51,9 +61,10 @@ def _unusual_masks(scales: list[Any], masks: Any, images: list[Tensor], batch: i
             "own code; pass such a list"
         ]
     for scale, mask, state in zip(scales, masks, images, strict=True):
-        numbers = scale if isinstance(scale, list) else [scale]
-        if scale is not None and any(type(s) not in (int, float) for s in numbers):
-            return [f"adapter scale: got {scale!r}; set a number, or a list of numbers"]
+        if scale is not None:
+            other = [one for one in (scale if isinstance(scale, list) else [scale]) if number(one) is None]
+            if other:
+                return [f"adapter scale: got {_described(other[0])}; set a number, or a list of numbers"]
         if mask is None:
             if isinstance(scale, list) and any(s != 0 for s in scale):
                 return ["adapter scales per image: only images with masks have a scale each; pass masks, or set one scale"]
@@ -67,14 +78,25 @@ def _unusual_masks(scales: list[Any], masks: Any, images: list[Tensor], batch: i
     return []
 
 
+def _described(scale: Any) -> str:
+    """A scale that is no number, without its value where that would have to be waited for."""
+    if not isinstance(scale, Tensor):
+        return repr(scale)
+    gradient = " that requires grad" if scale.requires_grad else ""
+    return f"a tensor {list(scale.shape)}{gradient}, {scale.dtype}, on {scale.device}"
+
+
 def _unusual_attention(attn: Attention) -> list[str]:
     """Parts of an Attention that no UNet with an IP-Adapter has, and that only the replaced class honours."""
+    factor = attn.rescale_output_factor
     parts = {
+        # what is no number may be written to, or be one for each channel
+        "heads that are no whole number": not isinstance(attn.heads, Integral),
         "spatial_norm": attn.spatial_norm is not None,
         "group_norm": attn.group_norm is not None,
         "norm_cross": bool(attn.norm_cross),
         "residual_connection": bool(attn.residual_connection),
-        "rescale_output_factor": attn.rescale_output_factor != 1,
+        "rescale_output_factor": not (isinstance(factor, Real) and factor == 1),
     }
     return [f"attention with {part}: only diffusers' own code honours it" for part, there in parts.items() if there]
 

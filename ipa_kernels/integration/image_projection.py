@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers.models import activations, attention, attention_processor, embeddings
 from torch import Tensor, nn
 
-from .conditioning_cache import State, active, remember, state_of
+from .conditioning_cache import State, active, doubt_of, remember, state_of
 from .provenance import AND_EXTRAS, owner_of, runs_own
 from .replaced import LINEAR, SCORES, SDPA, Part, has_scores_of_its_own
 from .state import Session
@@ -94,6 +94,11 @@ def pure_state(*modules: nn.Module) -> State | None:
     return state_of(modules, known)
 
 
+def doubt(*modules: nn.Module) -> str:
+    """Why `pure_state` is None."""
+    return doubt_of(modules, known)
+
+
 class _Remembering(nn.Module):
     """What both subclasses share."""
 
@@ -123,7 +128,9 @@ def _tokens(embeds: Tensor, layer: nn.Module) -> Tensor:
         tokens.repeat_interleave = _Repeated(tokens)  # type: ignore[method-assign, assignment]
         return tokens
 
-    return remember(embeds, (id(layer), "tokens"), lambda: pure_state(layer), project)
+    return remember(
+        embeds, (id(layer), "tokens"), lambda: pure_state(layer), project, lambda: f"encoder_hid_proj: {doubt(layer)}"
+    )
 
 
 class _Repeated:
@@ -150,11 +157,8 @@ class Linear(_Remembering, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """As `torch.nn.Linear`."""
         forward = super().forward
-        return remember(input, (id(self), "text"), lambda: _own_state(self), lambda: forward(input))
-
-
-def _own_state(module: Linear) -> State | None:
-    return state_with_ours([module])
+        own = (self,), _known_or_ours
+        return remember(input, (id(self), "text"), lambda: state_of(*own), lambda: forward(input), lambda: doubt_of(*own))
 
 
 OURS: dict[type, Any] = {

@@ -5,7 +5,7 @@ mask or module is kept alive by it.
 """
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -16,7 +16,10 @@ from ..ops.dispatch import allows_tf32
 from ..ops.validation import Problem
 from .conditioning_cache import Memory, Snapshot, State, is_hooked, is_plain
 from .image_projection import pure_state
+from .scale_table import number
 from .state import Layer
+
+_COMPARABLE = {bool, int, float, str, type(None)}
 
 
 class Photo:
@@ -26,21 +29,24 @@ class Photo:
     """
 
     def __init__(self, processor: Any, attn: Attention, hidden_states: Tensor, images: Any, masks: Any, impl: str) -> None:
-        if torch.is_grad_enabled() or is_hooked(attn.to_q) or type(hidden_states) is not Tensor or hidden_states.is_meta:
+        if torch.is_grad_enabled() or type(hidden_states) is not Tensor or hidden_states.is_meta:
+            raise Doubtful
+        if not isinstance(attn.to_q, nn.Module) or is_hooked(attn.to_q):
             raise Doubtful
         self._impl = impl
         self._kind = type(processor)
         self._attn: Any = weakref.ref(attn)
         self._settings = _settings(attn)
+        self._kinds = list(map(type, self._settings))
+        if not all(kind in _COMPARABLE or issubclass(kind, nn.Module) for kind in self._kinds):
+            raise Doubtful
         self._hidden = hidden_states.shape, hidden_states.dtype, hidden_states.device
         self._modes = _modes(hidden_states)
-        self._scales = [list(scale) if isinstance(scale, list) else scale for scale in processor.scale]
-        if any(type(s) not in (int, float) for scale in self._scales for s in (scale if isinstance(scale, list) else [scale])):
-            raise Doubtful
+        self._scales = [list(map(_seen, scale)) if isinstance(scale, list) else _seen(scale) for scale in processor.scale]
         self._masked = None if masks is None else len(masks)
         inputs = [*images, *(masks or ())]
         # an adapter of scale 0 is not read: whose its inputs are is known, not what is in them
-        read = [any(scale) if isinstance(scale, list) else scale != 0 for scale in self._scales]
+        read = [any(scale) if isinstance(scale, list) else bool(scale) for scale in self._scales]
         self._inputs = [_Input(tensor, reads) for tensor, reads in zip(inputs, read * 2, strict=False)]
         self._projections: list[_Projection | None] = [_Projection(attn.to_k), _Projection(attn.to_v)]
         for names in (processor.to_k_ip, processor.to_v_ip):
@@ -54,9 +60,13 @@ class Photo:
             return False
         if (hidden_states.shape, hidden_states.dtype, hidden_states.device) != self._hidden:
             return False
-        if _settings(attn) != self._settings or _modes(hidden_states) != self._modes:
+        settings = _settings(attn)
+        # types first: comparing tensors would wait for a GPU, and has no one answer
+        if list(map(type, settings)) != self._kinds or settings != self._settings or _modes(hidden_states) != self._modes:
             return False
-        if not _are_same_scales(processor.scale, self._scales) or is_hooked(attn._modules["to_q"]):
+        modules: dict[str, Any] = attn._modules
+        to_q = modules.get("to_q")
+        if not _are_same_scales(processor.scale, self._scales) or to_q is None or is_hooked(to_q):
             return False
         if type(images) not in (list, tuple) or len(images) != len(self._scales):
             return False
@@ -65,11 +75,13 @@ class Photo:
         for known, tensor in zip(self._inputs, images if masks is None else (*images, *masks), strict=True):
             if not known.is_still(tensor):
                 return False
-        modules: dict[str, Any] = attn._modules
         own: dict[str, Any] = processor._modules
+        adapters: list[Any] = [own.get("to_k_ip"), own.get("to_v_ip")]
+        if None in adapters:
+            return False
         places = [modules.get("to_k"), modules.get("to_v")]
-        for name in ("to_k_ip", "to_v_ip"):
-            places += own[name]._modules.values()
+        for each in adapters:
+            places += each._modules.values()
         if len(places) != len(self._projections):
             return False
         return all(known is None or known.is_still(module) for known, module in zip(self._projections, places, strict=True))
@@ -148,11 +160,9 @@ def keep(
 
 def _settings(attn: Any) -> tuple[Any, ...]:
     """What a call reads from an Attention besides its projections."""
-    factor = attn.rescale_output_factor
-    if type(factor) not in (int, float):
-        raise Doubtful
     return (
-        attn.heads, attn.scale, attn.residual_connection, factor, attn.norm_cross, attn.group_norm, attn.spatial_norm,
+        attn.heads, attn.scale, attn.residual_connection, attn.rescale_output_factor, attn.norm_cross, attn.group_norm,
+        attn.spatial_norm,
     )  # fmt: skip
 
 
@@ -166,6 +176,24 @@ def _modes(tensor: Tensor) -> tuple[Any, ...]:
     )
 
 
+class _SeenTensor(NamedTuple):
+    """A tensor that is the scale of an adapter, as it was."""
+
+    dtype: torch.dtype
+    value: float
+
+    def __bool__(self) -> bool:
+        return self.value != 0
+
+
+def _seen(scale: Any) -> Any:
+    """A scale as it is now, to be compared: a number itself, of a tensor what it holds. Raises Doubtful for other things."""
+    value = number(scale)
+    if value is None:
+        raise Doubtful
+    return _SeenTensor(scale.dtype, value) if isinstance(scale, Tensor) else scale
+
+
 def _are_same_scales(scales: Any, known: list[Any]) -> bool:
     """By type and value: comparing tensors, which a scale may become, would wait for a GPU."""
     if not isinstance(scales, list) or len(scales) != len(known):
@@ -173,6 +201,9 @@ def _are_same_scales(scales: Any, known: list[Any]) -> bool:
     for scale, before in zip(scales, known, strict=True):
         if isinstance(before, list):
             if not _are_same_scales(scale, before):
+                return False
+        elif isinstance(before, _SeenTensor):
+            if not isinstance(scale, Tensor) or (scale.dtype, number(scale)) != before:
                 return False
         elif type(scale) is not type(before) or scale != before:
             return False

@@ -8,11 +8,44 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo import mark_static_address
 
 IMAGES = 16
 """The images of one adapter that have a column from the start; more make a larger tensor, and a graph is compiled anew."""
+
+
+def number(scale: Any) -> float | None:
+    """The value of one scale; None where only diffusers' own code may multiply by it.
+
+    A number is one of Python or NumPy, or a tensor without dimensions that can be read without waiting for a GPU and without
+    losing a gradient. Fractions, arrays and integers beyond 64 bits are none: torch refuses to multiply a tensor by them.
+    """
+    kind = type(scale)
+    if kind is int:
+        return float(scale) if -(2**63) <= scale < 2**63 else None
+    if kind is float or kind is bool:
+        return float(scale)
+    if isinstance(scale, Tensor):
+        return float(scale) if kind in (Tensor, nn.Parameter) and _is_read_freely(scale) else None
+    is_of_numpy = kind.__module__ == "numpy" and (isinstance(scale, Real) or kind.__name__ in ("bool", "bool_"))
+    return float(scale) if is_of_numpy else None
+
+
+def _is_read_freely(scale: Tensor) -> bool:
+    if scale.ndim != 0 or scale.device.type != "cpu" or scale.requires_grad or scale.is_complex():
+        return False
+    # what records a step, or differentiates it in another way, would lose sight of the tensor
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    tangents = torch.autograd.forward_ad._current_level >= 0
+    return not (recorded or tangents or torch._C._functorch.is_functorch_wrapped_tensor(scale))
+
+
+def factor(scale: Any, dtype: torch.dtype, device: torch.device) -> float:
+    """What stock's product of a scale and a tensor of this dtype multiplies by: on a CPU torch rounds a tensor to it first."""
+    if isinstance(scale, Tensor) and device.type == "cpu":
+        scale = scale.to(dtype)
+    return float(scale)
 
 
 class Table:
@@ -29,6 +62,9 @@ class Table:
 
     def follow(self, scales: Any, masks: list[Any] | None, device: torch.device) -> None:
         """Take over what a list holds now, for a step with these masks; does nothing where it is known."""
+        if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+            # nobody reads the table, and sizes are tensors
+            return
         images = _images(masks)
         rows = _rows(scales, images)
         now = device, images, rows
@@ -74,12 +110,12 @@ def _rows(scales: Any, images: tuple[int | None, ...] | None) -> list[list[float
         return None
     rows = []
     for scale, count in zip(scales, images or (None,) * len(scales), strict=True):
-        numbers = scale if isinstance(scale, list) else [scale] * (count or 1)
-        if not all(isinstance(number, Real) for number in numbers):
+        ones = scale if isinstance(scale, list) else [scale] * (count or 1)
+        values = [value for value in map(number, ones) if value is not None]
+        if len(values) != len(ones):
             return None
-        if isinstance(scale, list) and (any(numbers) if count is None else len(numbers) != count):
+        if isinstance(scale, list) and (any(values) if count is None else len(values) != count):
             return None
-        values = [float(number) for number in numbers]
         shared = 0.0 if isinstance(scale, list) else values[0]
         rows.append([shared, *values])
     return rows

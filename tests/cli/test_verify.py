@@ -269,8 +269,8 @@ def test_a_pipeline_of_files(verified: Any, weights: Path, tmp_path: Path) -> No
     assert code == 0
     assert "7 IP-Adapter layers: 0 triton, 7 eager, 0 stock" in printed
     assert int(re.search(r"cache: (\d+) hits", printed)[1]) > 0, "what is remembered between steps took part"
-    assert re.search("^3 +4x16 heads, 256 queries, 77[+]4 keys +float32 +eager +equal +equal +equal$", printed, re.MULTILINE)
-    assert re.search("^4 +4x32 heads, 64 queries, 77[+]4 keys +float32 +eager +equal +equal +equal$", printed, re.MULTILINE)
+    assert re.search("^3 +4 heads of 16, 256 queries, 77[+]4 keys +float32 +eager +equal +equal +equal$", printed, re.MULTILINE)
+    assert re.search("^4 +4 heads of 32, 64 queries, 77[+]4 keys +float32 +eager +equal +equal +equal$", printed, re.MULTILINE)
     assert "PASSED for eager attention alone. Nothing was fused" in printed
     document = json.loads((tmp_path / "verify.json").read_text())
     assert len({layer["name"] for layer in document["layers"]}) == 7

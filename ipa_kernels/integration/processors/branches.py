@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ...ops import UnsupportedError
 from ...ops.validation import Problem, check_arguments
 from ..conditioning_cache import State, remember
-from ..image_projection import pure_state
+from ..image_projection import doubt, pure_state
+from ..scale_table import factor
 from ..state import Layer
 
 
@@ -46,7 +47,7 @@ def problem(
             image_key, image_value = _keys_and_values(layer, attn, state, use, *projections, runs_kernel)
             keys.append(image_key)
             values.append(image_value)
-            scales.append(scale[i] if isinstance(scale, list) else scale)
+            scales.append(factor(scale[i] if isinstance(scale, list) else scale, query.dtype, query.device))
             vectors.append(None if mask is None else _mask_vector(mask, i, query))
     return check_arguments(_split(query, attn.heads), key, value, keys, values, scales, vectors, None, softmax_scale)
 
@@ -163,7 +164,8 @@ def _keys_and_values(
         # like stock, once for each: autograd then sums their gradients in stock's order
         return _split(to_k(tokens()), attn.heads), _split(to_v(tokens()), attn.heads)
 
-    return remember(states, (layer, use, attn.heads), lambda: pure_state(to_k, to_v), project)
+    state, why = lambda: pure_state(to_k, to_v), lambda: f"{layer.name}: {doubt(to_k, to_v)}"
+    return remember(states, (layer, use, attn.heads), state, project, why)
 
 
 def _mask_vector(mask: Tensor, i: int, query: Tensor) -> Tensor:

@@ -185,7 +185,9 @@ def _record(
 
 def _cannot(layer: Layer, attn: Attention, hidden_states: Tensor, reasons: list[str]) -> str:
     reasons = reasons + layer_reasons(hidden_states.device, hidden_states.dtype, attn.inner_dim // attn.heads)
-    saw = f"hidden_states {list(hidden_states.shape)}, {hidden_states.dtype}, {hidden_states.device}"
+    # sizes are tensors while torch.jit traces
+    shape = "of any shape" if torch.jit.is_tracing() else list(hidden_states.shape)  # type: ignore[no-untyped-call]
+    saw = f"hidden_states {shape}, {hidden_states.dtype}, {hidden_states.device}"
     return f'{layer.name}: impl="triton" cannot run {saw}: ' + "; ".join(reasons)
 
 
@@ -288,8 +290,20 @@ def give_back(processor: nn.Module) -> None:
 
 
 def is_adapter(processor: object) -> bool:
-    """Whether a processor is one of diffusers' IP-Adapter processors for UNets, or derived from one."""
-    return isinstance(processor, tuple(FUSED))
+    """Whether a processor is one of an IP-Adapter: of diffusers' for UNets, derived from one, or from elsewhere."""
+    return isinstance(processor, tuple(FUSED)) or _is_from_elsewhere(processor)
+
+
+def _is_from_elsewhere(processor: object) -> bool:
+    """Whether a processor does the work of an IP-Adapter's, as tencent's and InstantID's do, and is not diffusers'.
+
+    Told by the names that their many copies share.
+    """
+    kind = type(processor)
+    if kind.__module__.startswith("diffusers.") or _ours(processor) is not None:
+        return False
+    named = "IPAttn" in kind.__name__ or "IPAdapter" in kind.__name__
+    return named or (hasattr(processor, "to_k_ip") and hasattr(processor, "to_v_ip"))
 
 
 def expects_adapter(name: str) -> bool:
@@ -302,8 +316,8 @@ def foreign_reason(processor: object, expected: bool) -> str | None:
     kind = type(processor)
     if kind in FUSED or _ours(processor) is not None or not (expected or is_adapter(processor)):
         return None
-    again = "call load_ip_adapter again, or set_attn_processor with diffusers' own"
-    return f"processor {kind.__name__}: not one of diffusers' IP-Adapter classes, which alone are taken over; {again}"
+    load = "load the adapter by load_ip_adapter, or set_attn_processor with diffusers' own"
+    return f"processor {kind.__name__}: not one of diffusers' IP-Adapter classes, which alone are taken over; {load}"
 
 
 def layer_plan(
