@@ -91,6 +91,7 @@ def _fill(state: Any, unet: Any, given: tuple[Any, ...], options: dict[str, Any]
     state.turn.take()
     before = buffers = state.buffers
     try:
+        state.close_interrupted()
         if buffers is not None and buffers.are_current():
             misfit = buffers.misfit(inputs)
             if misfit is not None:

@@ -1,5 +1,6 @@
-"""A KeyboardInterrupt inside a step, for which torch runs no hooks: no other thread waits for that step, or finds what it left."""
+"""A KeyboardInterrupt inside a step, for which torch runs no hooks: no other thread waits for it, or finds what it left."""
 
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 
 import ipa_kernels
-from ipa_kernels import watch
+from ipa_kernels import steps, watch
+from ipa_kernels.processors.buffers import Buffers
 
-from .test_compiled import close
-from .test_prepare import prepare
+from .test_compiled import blocks, close, in_place, whole
+from .test_prepare import Stream, prepare
 from .zoo.generate import generate
 from .zoo.pipelines import build
 
@@ -52,7 +54,7 @@ def in_another_thread(call: Callable[[], Any]) -> Any:
     thread = threading.Thread(target=lambda: found.append(call()), daemon=True)
     thread.start()
     thread.join(timeout=30)
-    assert found, "the other thread waits for a step that is no longer running"
+    assert found, "the other thread waits for a step that is no longer running, or has failed"
     return found[0]
 
 
@@ -132,7 +134,51 @@ def test_a_step_of_another_thread_reads_what_was_prepared(when: str) -> None:
     handle.remove()
     # a step of this thread begins: it waits, and may tidy up before that
     threading.Timer(0.5, go_on.set).start()
-    generate(pipe, NAMES, steps=1)
+    beside = copy.copy(pipe)
+    beside.scheduler = copy.deepcopy(pipe.scheduler)
+    generate(beside, NAMES, steps=1)
     thread.join(timeout=30)
     assert seen == [True]
     close(found[0], generate(twin, NAMES, seed=3))
+
+
+def test_what_an_interrupted_step_launched_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whoever writes the buffers next, in another thread and on another CUDA stream."""
+    pipe, _ = pair()
+    current, missing = Stream(0), []
+    monkeypatch.setattr(steps, "stream_of", lambda tensor: current)
+    prepare(pipe, NAMES)
+    fill = Buffers._fill
+
+    def checked(self: Any, inputs: Any) -> None:
+        missing.append({"of the interrupted step"} - current.through)
+        fill(self, inputs)
+
+    monkeypatch.setattr(Buffers, "_fill", checked)
+    pipe.unet.conv_in.register_forward_pre_hook(lambda *arguments: current.through.add("of the interrupted step"))
+    interrupt(pipe)
+    missing.clear()
+    current = Stream(1)
+    in_another_thread(lambda: generate(pipe, NAMES, seed=3))
+    assert missing[0] == set()
+
+
+@pytest.mark.parametrize("how", [whole, in_place, blocks])
+def test_a_compiled_step_is_seen_while_it_runs(how: Callable[..., None]) -> None:
+    """By others that wait, who would else take its buffers away."""
+    pipe, _ = pair()
+    prepare(pipe, NAMES)
+    state = watch.of(pipe.unet)
+    seen: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Any:
+        def run(*arguments: Any) -> Any:
+            seen.extend(in_another_thread(lambda: [step.is_running for step in state.steps]))
+            return graph.forward(*arguments)
+
+        return run
+
+    how(pipe, backend=backend)
+    generate(pipe, NAMES)
+    assert len(seen) >= 2
+    assert all(seen)
