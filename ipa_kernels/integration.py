@@ -194,6 +194,7 @@ def _report(unet: Any, target: str) -> Report:
         cache=CacheReport() if memory is None else CacheReport(memory.hits, memory.misses, memory.bytes),
         graphs=None if graphs is None else graphs.report(),
         prepared=0 if buffers is None else buffers.bytes,
+        prepared_reason="" if state is None or buffers is None else state.unread,
     )
 
 

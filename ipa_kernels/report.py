@@ -45,6 +45,7 @@ class Report:
     """A snapshot of what runs where. The counts take what a layer ran last, before its first call what is planned.
 
     prepared: bytes of what `prepare` keeps in place for compiled and captured steps. graphs: None where `graphed` is off.
+    prepared_reason: why the last step did not read what was prepared, "" where it did.
     """
 
     target: str
@@ -55,6 +56,7 @@ class Report:
     cache: CacheReport = field(default_factory=CacheReport)
     prepared: int = 0
     graphs: GraphReport | None = None
+    prepared_reason: str = ""
 
     @property
     def triton(self) -> int:
@@ -90,7 +92,8 @@ class Report:
         if any(self.cache):
             lines.append(f"  cache: {self.cache.hits} hits, {self.cache.misses} misses, {self.cache.bytes} bytes")
         if self.prepared:
-            lines.append(f"  prepared: {self.prepared} bytes")
+            why = f"; last step did not read them: {self.prepared_reason}" if self.prepared_reason else ""
+            lines.append(f"  prepared: {self.prepared} bytes{why}")
         if self.graphs is not None:
             why = f"; last step not replayed: {self.graphs.reason}" if self.graphs.reason else ""
             lines.append(f"  graphs: {self.graphs.captured} captured, {self.graphs.replays} replays{why}")

@@ -39,8 +39,9 @@ class Watch:
 
     base: the options of `enable`, None where only `accelerated` blocks are open; blocks: the options of those, oldest first;
     buffers: what was prepared, if anything; graphs: of `graphed`, None where it is off; turn: held by a step while there is one
-    of these, and by whoever changes them; steps: those that run, of all threads, the innermost of each last; is_closed:
-    disabled, perhaps by another thread in the middle of a step, which then takes over nothing more.
+    of these, and by whoever changes them; unread: why the last such step did not read the buffers, "" where it did; steps:
+    those that run, of all threads, the innermost of each last; is_closed: disabled, perhaps by another thread in the middle of
+    a step, which then takes over nothing more.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -52,6 +53,7 @@ class Watch:
         self.buffers: Buffers | None = None
         self.graphs: Any = None
         self.turn = Turn()
+        self.unread = ""
         self.steps: list[steps.Step] = []
         self.is_closed = False
 
@@ -113,9 +115,9 @@ class Watch:
         step = self._open(frame, steps.stream_of(named.get("sample")))
         follows = self._remember(named, step.stream)
         self._write_scales(named)
-        # beside a step that began without the turn no other reads buffers
-        if all(other.has_turn for other in list(self.steps)):
-            self._refill(unet, arguments, named, follows)
+        if step.has_turn:
+            self.unread = self._refill(unet, arguments, named, follows)
+            self.session.is_prepared = not self.unread
 
     def _open(self, frame: FrameType, stream: Any) -> steps.Step:
         """Wait for the turn, where there is something to take turns for."""
@@ -145,15 +147,24 @@ class Watch:
         tensors = [step.get("encoder_hidden_states"), *(images if isinstance(images, list) else [images])]
         return memory.enter(step.get("timestep"), tuple(map(id, tensors)), stream)
 
-    def _refill(self, unet: nn.Module, arguments: tuple[Any, ...], step: dict[str, Any], follows: bool) -> None:
-        """Let the step that begins read the buffers, if they can hold what it was given."""
-        inputs = Inputs.of(step) if len(arguments) <= len(steps.NAMES) else None
+    def _refill(self, unet: nn.Module, arguments: tuple[Any, ...], step: dict[str, Any], follows: bool) -> str:
+        """Let the buffers hold what the step that begins was given. "" where it may read them, else why not."""
+        if not all(other.has_turn for other in list(self.steps)):
+            return "a step of another thread began before there were buffers, and runs still"
+        if len(arguments) > len(steps.NAMES):
+            return f"more than {len(steps.NAMES)} positional arguments of the UNet; pass keywords"
+        inputs = Inputs.of(step)
+        if inputs is None:
+            return str(Inputs.refusal(step))
         graphs = self.graphs
-        if graphs is not None and inputs is not None and not follows and graphs.takes(inputs.sample.device):
-            self._renew(unet, inputs)
+        if graphs is not None and not follows and graphs.takes(inputs.sample.device):
+            refusal = self._renew(unet, inputs)
+            if refusal:
+                return refusal
         buffers = self.buffers
-        if buffers is not None:
-            self.session.is_prepared = buffers.fit(inputs, anew=not follows)
+        if buffers is None:
+            return self.unread or "no buffers were made when the generation began"
+        return buffers.fit(inputs, anew=not follows)
 
     def _write_scales(self, step: dict[str, Any]) -> None:
         """Bring the tables of scales up to date, for the masks of this step."""
@@ -207,17 +218,18 @@ class Watch:
         for step in [step for step in list(self.steps) if not step.is_running]:
             self._close(step)
 
-    def _renew(self, unet: nn.Module, inputs: Inputs) -> None:
-        """A generation begins, to be captured: buffers of its sizes, where those that are there do not fit."""
+    def _renew(self, unet: nn.Module, inputs: Inputs) -> str:
+        """A generation begins, to be captured: buffers of its sizes, where those that are there do not fit. Why not, if so."""
         buffers = self.buffers
         if torch.is_grad_enabled() or (buffers is not None and buffers.are_current() and buffers.misfit(inputs) is None):
-            return
+            return ""
         try:
             new = Buffers(unet, self.places, inputs)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError) as error:
             # for the step to refuse, in diffusers' words
-            return
+            return str(error)
         self.put_buffers(new)
+        return ""
 
     def put_buffers(self, buffers: Buffers) -> None:
         """Let the layers have these, in the place of others. Whoever calls holds the turn."""
@@ -230,7 +242,7 @@ class Watch:
         self.turn.take()
         try:
             self.close_interrupted()
-            buffers, self.buffers = self.buffers, None
+            buffers, self.buffers, self.unread = self.buffers, None, ""
             if buffers is not None:
                 buffers.drop()
             graphs = self.graphs

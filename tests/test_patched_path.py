@@ -14,6 +14,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
+from peft import LoraConfig
 from torch import nn
 
 import ipa_kernels
@@ -169,3 +170,50 @@ def test_a_compiled_step_sees_it(place: Place, how: Callable[..., None], monkeyp
     for seed in (1, 2):
         close(generate(compiled, NAMES, seed=seed, steps=3), generate(twin, NAMES, seed=seed, steps=3))
     reads_nothing(compiled)
+
+
+def test_a_patch_that_was_taken_back() -> None:
+    pipe, twin = pair()
+    prepare(pipe, NAMES)
+    place, monkeypatch = Place(Attention, "forward", Attention), pytest.MonkeyPatch()
+    place.patch(monkeypatch)
+    generate(pipe, NAMES)
+    assert ipa_kernels.explain(pipe).prepared_reason.startswith("got Attention.forward, which is not torch's")
+    monkeypatch.undo()
+    pipe.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    close(generate(pipe, NAMES, seed=4), generate(twin, NAMES, seed=4))
+    assert ipa_kernels.explain(pipe).prepared_reason == ""
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl", "animatediff", "kolors", "pag", "controlnet", "lcm"])
+def test_what_is_torchs_and_diffusers_own_is_no_obstacle(kind: str) -> None:
+    """With FreeU, a LoRA of peft and a compiled block."""
+    pipe = build(kind, NAMES)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_q"]))
+    pipe.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    prepare(pipe, NAMES)
+    pipe.unet.mid_block.compile(backend="eager")
+    assert watch.of(pipe.unet).places.obstacle(pipe.unet) is None
+
+
+def test_a_subclass_that_changes_nothing_is_no_obstacle() -> None:
+    pipe, twin = pair()
+    for kind in KINDS:
+        for module in pipe.unet.modules():
+            if type(module) is kind:
+                module.__class__ = type(kind.__name__, (kind,), {"of_a_user": lambda self: None})
+    prepare(pipe, NAMES)
+    assert torch.equal(generate(pipe, NAMES), generate(twin, NAMES))
+    assert ipa_kernels.explain(pipe).prepared_reason == ""
+
+
+def test_a_hook_on_every_module() -> None:
+    """It is given the text of a UNet that is called by position, and may write to it."""
+    pipe, twin = pair()
+    prepare(pipe, NAMES)
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda module, arguments: None)
+    try:
+        assert torch.equal(generate(pipe, NAMES), generate(twin, NAMES))
+        assert ipa_kernels.explain(pipe).prepared_reason.startswith("got a hook on every module")
+    finally:
+        handle.remove()

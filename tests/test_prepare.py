@@ -311,7 +311,7 @@ def test_a_prompt_that_someone_changes_on_the_way(place: Any) -> None:
         place(pipe, lambda text: text * 1.5)
     as_stock(compiled, twin, ("base",), Control())
     ipa_kernels.clear_cache(compiled)
-    with pytest.raises(ValueError, match="expected a UNet without hooks around its layers"):
+    with pytest.raises(ValueError, match="got a hook on"):
         prepare(compiled, ("base",))
 
 
@@ -535,7 +535,7 @@ def test_a_hook_that_was_added_since() -> None:
     prepare(pipe, ("base",), seed=1)
     held = buffers(pipe)
     hook_on_a_layer(pipe, lambda text: text)
-    with pytest.raises(ValueError, match="expected a UNet without hooks around its layers, got one on attn2"):
+    with pytest.raises(ValueError, match="got a hook on attn2; remove it"):
         prepare(pipe, ("base",), seed=2)
     assert buffers(pipe) is held
 
