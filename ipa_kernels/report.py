@@ -51,6 +51,7 @@ class Report:
 
     prepared: bytes of what `prepare` keeps in place for compiled and captured steps. graphs: None where `graphed` is off.
     cache_reason: why values were not kept in the last step, "" where all were.
+    prepared_reason: why the last step did not read what was prepared, "" where it did.
     """
 
     target: str
@@ -62,6 +63,7 @@ class Report:
     prepared: int = 0
     graphs: GraphReport | None = None
     cache_reason: str = ""
+    prepared_reason: str = ""
 
     @property
     def triton(self) -> int:
@@ -100,7 +102,8 @@ class Report:
             found = f"{hits} hit{plural(hits)}, {misses} miss{plural(misses, 'es')}, {size} byte{plural(size)}"
             lines.append(f"  cache: {found}{why}")
         if self.prepared:
-            lines.append(f"  prepared: {self.prepared} byte{plural(self.prepared)}")
+            why = f"; last step did not read them: {self.prepared_reason}" if self.prepared_reason else ""
+            lines.append(f"  prepared: {self.prepared} byte{plural(self.prepared)}{why}")
         if self.graphs is not None:
             why = f"; last step not replayed: {self.graphs.reason}" if self.graphs.reason else ""
             replays = self.graphs.replays

@@ -65,6 +65,6 @@ def test_a_generation_of_one_step() -> None:
 
 def test_heads_are_not_multiplied() -> None:
     """4 heads of 16 channels: not 64 heads."""
-    name, case = next(iter(verify_cases.NAMED.items()))
-    checked = verify_cases.check(case.small(), torch.float32, torch.device("cpu"), "eager", 0)
+    name, case = next(iter(verify_cases.CASES.items()))
+    checked = verify_cases.verify_case(case.small(), torch.float32, torch.device("cpu"), "eager", 0)
     assert f"{case.small().heads} heads of {case.head_dim}, " in checked.shape, name

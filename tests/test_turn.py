@@ -2,9 +2,13 @@
 
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
-from ipa_kernels.integration.step_lock import Turn
+import pytest
+
+from ipa_kernels.integration.step_lock import Turn, is_running
 
 from .steady import NEVER
 
@@ -16,25 +20,18 @@ def interrupted(turn: Turn) -> FrameType:
     return frame
 
 
-def order(turn: Turn) -> list[str]:
-    """What happens first: this thread, which holds the turn once, gives it back, or another takes it."""
-    begun, happened = threading.Event(), []
+def is_free(turn: Turn, seconds: float = NEVER) -> bool:
+    """Whether another thread gets it within so many seconds."""
+    taken = threading.Event()
 
     def other() -> None:
-        begun.set()
         turn.take()
-        happened.append("taken")
+        taken.set()
         turn.give()
 
     thread = threading.Thread(target=other, daemon=True)
     thread.start()
-    begun.wait()
-    # time for one that does not wait to be caught; one that waits never fails for want of it
-    thread.join(timeout=0.2)
-    happened.append("given")
-    turn.give()
-    thread.join(timeout=NEVER)
-    return happened
+    return taken.wait(timeout=seconds)
 
 
 def test_an_interrupted_step_gives_back_nothing_that_another_took() -> None:
@@ -43,7 +40,9 @@ def test_an_interrupted_step_gives_back_nothing_that_another_took() -> None:
     turn.take()
     # whoever tidies up after the step: its turn was given up when the thread came again
     turn.give(frame)
-    assert order(turn) == ["given", "taken"]
+    assert not is_free(turn, 1.5)
+    turn.give()
+    assert is_free(turn)
 
 
 def test_each_frame_gives_back_its_own() -> None:
@@ -51,4 +50,71 @@ def test_each_frame_gives_back_its_own() -> None:
     turn.take(sys._getframe())
     turn.take()
     turn.give(sys._getframe())
-    assert order(turn) == ["given", "taken"]
+    assert not is_free(turn, 1.5)
+    turn.give()
+    assert is_free(turn)
+
+
+def test_a_step_that_was_interrupted_in_this_thread_holds_up_no_other() -> None:
+    turn = Turn()
+    interrupted(turn)
+    assert is_free(turn)
+
+
+def test_whoever_takes_it_without_a_step_gives_it_up_too() -> None:
+    """An interrupt may come before the first line of its `try`."""
+
+    def tidies(turn: Turn) -> None:
+        turn.take()
+        raise KeyboardInterrupt
+
+    turn = Turn()
+    with pytest.raises(KeyboardInterrupt):
+        tidies(turn)
+    assert is_free(turn)
+
+
+def test_a_step_is_seen_from_another_thread_for_as_long_as_it_runs() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    frames: list[FrameType] = []
+
+    def step() -> None:
+        frames.append(sys._getframe())
+        sum(waiting())
+
+    def waiting() -> Iterator[int]:
+        begun.set()
+        go_on.wait(NEVER)
+        yield 1
+
+    thread = threading.Thread(target=lambda: (step(), begun.clear(), go_on.clear(), begun.set(), go_on.wait(NEVER)))
+    thread.start()
+    begun.wait(NEVER)
+    assert is_running(frames[0], thread)
+    assert not is_running(sys._getframe(), thread)
+    begun.clear()
+    go_on.set()
+    begun.wait(NEVER)
+    assert not is_running(frames[0], thread)
+    go_on.set()
+    thread.join()
+    assert not is_running(frames[0], thread)
+
+
+def test_a_stack_that_ends_in_a_generator_is_none_to_go_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was left while the stack was walked: whether the step still runs, the next look tells."""
+
+    def left() -> Iterator[int]:
+        yield 1
+
+    generator: Any = left()
+    next(generator)
+    go_on = threading.Event()
+    thread = threading.Thread(target=go_on.wait)
+    thread.start()
+    monkeypatch.setattr(sys, "_current_frames", lambda: {thread.ident: generator.gi_frame})
+    assert is_running(sys._getframe(), thread)
+    monkeypatch.undo()
+    assert not is_running(sys._getframe(), thread)
+    go_on.set()
+    thread.join()

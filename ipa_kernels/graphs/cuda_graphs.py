@@ -172,7 +172,7 @@ class Graphs:
         if not all(layer.table.is_data for layer in call.state.layers()):
             return "adapter scales that are not numbers, or do not fit the masks: such steps are not captured"
         if not call.state.session.is_prepared:
-            return "prompt, images or masks of other sizes than the generation began with, or none: such steps are not captured"
+            return str(call.state.unread)
         return ""
 
     def _warm_up(self, key: Hashable, call: Call) -> Any:

@@ -200,6 +200,7 @@ def _report(unet: Any, target: str) -> Report:
         graphs=None if graphs is None else graphs.report(),
         prepared=0 if buffers is None else buffers.bytes,
         cache_reason=_cache_reason(state),
+        prepared_reason="" if state is None or buffers is None else state.unread,
     )
 
 

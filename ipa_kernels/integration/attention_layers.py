@@ -5,7 +5,13 @@ from typing import Any
 
 from torch import nn
 
+from .conditioning_cache import is_hooked
 from .processors import unet as families
+from .provenance import runs_own
+
+_CALL = ("__call__", "_wrapped_call_impl", "_call_impl", "forward")
+_OF_UNET = ("process_encoder_hidden_states", "get_aug_embed")
+"""What a UNet's forward passes the text to."""
 
 
 class Places:
@@ -26,13 +32,64 @@ class Places:
                 parent = child
         self._links = list(links.values())
 
-    def on_the_way(self) -> Iterator[tuple[str, nn.Module]]:
-        """(name within its parent, module) of each module between the UNet and its attentions, these included."""
-        return ((name, child) for _, name, child in self._links)
-
     def are_current(self) -> bool:
         """Whether the same modules are still in their places; cheap enough for every step."""
         return all(modules.get(name) is child for modules, name, child in self._links)
+
+    def obstacle(self, unet: Any) -> str | None:
+        """What takes part in a call of an attention, from the call of the UNet on, and may change what the attention is given,
+        or where weights are: hooks, and functions that are neither torch's nor diffusers' own. None where there is nothing.
+        """
+        own = vars(unet)
+        if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+            return "a hook on every module"
+        # one pre-hook is ours, and so is a forward that replays graphs
+        is_ours = getattr(own.get("forward"), "__module__", None) == "ipa_kernels.integration.hooks"
+        if (
+            len(unet._forward_pre_hooks) > 1
+            or "_hf_hook" in own
+            or "_diffusers_hook" in own
+            or ("forward" in own and not is_ours)
+        ):
+            return "a hook on the UNet"
+        for _, name, module in self._links:
+            if is_hooked(module):
+                return f"a hook on {name}"
+        return self._foreign(unet)
+
+    def _foreign(self, unet: Any) -> str | None:
+        """A function in such a call that is neither torch's nor diffusers' own."""
+        modules = [unet, *(module for _, _, module in self._links)]
+        for module in modules:
+            own = vars(module)
+            compiled = own.get("_compiled_call_impl")
+            if (
+                "_call_impl" in own
+                or "_wrapped_call_impl" in own
+                or (compiled is not None and not _is_of_torch(compiled, module))
+            ):
+                return _not_own(type(module), "__call__")
+        for kind in set(map(type, modules)):
+            for name in _CALL:
+                if not runs_own(kind, name):
+                    return _not_own(kind, name)
+        for name in _OF_UNET:
+            if hasattr(unet, name) and (name in vars(unet) or not runs_own(type(unet), name)):
+                return _not_own(type(unet), name)
+        processors = [attention.processor for attention in self.attentions.values()]
+        for kind in {type(processor) for processor in processors if families.layer_of(processor) is not None}:
+            if not runs_own(kind, "__call__", ("ipa_kernels",)):
+                return _not_own(kind, "__call__")
+        return None
+
+
+def _is_of_torch(compiled: Any, module: nn.Module) -> bool:
+    """Whether this is what `module.compile()` made."""
+    return bool(getattr(compiled, "_torchdynamo_orig_callable", None) == module._call_impl)
+
+
+def _not_own(kind: type, name: str) -> str:
+    return f"{kind.__name__}.{name}, which is not torch's or diffusers' own"
 
 
 def is_loaded(unet: Any) -> bool:

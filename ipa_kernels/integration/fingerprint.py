@@ -1,5 +1,7 @@
 """What a recorded step of a model was recorded from: where its weights are, and the settings that Python code has read."""
 
+import operator
+from inspect import ismemberdescriptor
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,15 +17,17 @@ _SKIPPED = ("_ipa_layer", "_ipa_kernels", "_parameters", "_buffers", "_modules")
 
 
 class Fingerprint:
-    """A model as it is now: its modules, their classes, tensors and attributes. It keeps the tensors alive.
+    """A model as it is now: its modules and processors, their classes, tensors and attributes. It keeps the tensors alive.
 
     Not seen: what lies within attributes that are neither plain values, containers of such, tensors nor modules.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [(module._modules, dict(module._modules)) for module in model.modules()]
-        self._classes = [(kind, name, vars(kind).get(name)) for kind in _classes(model) for name in _RUN]
-        self._kinds = [(module, type(module)) for module in model.modules()]
+        processors = [vars(module)["processor"] for module in model.modules() if "processor" in vars(module)]
+        self._kinds = [(owner, type(owner)) for owner in (*model.modules(), *processors)]
+        bases = {base for _, kind in self._kinds for base in kind.__mro__}
+        self._classes = [(vars(base), list(vars(base).values())) for base in bases]
         self._tensors: list[tuple[dict[str, Any], str, Tensor | None, int]] = []
         self._sizes: list[tuple[Any, int]] = []
         self._same: list[tuple[dict[str, Any], str, Any]] = []
@@ -34,9 +38,11 @@ class Fingerprint:
                 for name, tensor in tensors.items():
                     self._tensors.append((tensors, name, tensor, 0 if tensor is None else tensor.data_ptr()))
             self._attributes(vars(module))
-            processor = vars(module).get("processor")
-            if processor is not None and hasattr(processor, "__dict__"):
-                self._attributes(vars(processor))
+        self._slots = [
+            (processor, name, getattr(processor, name, None)) for processor in processors for name in _slots(processor)
+        ]
+        for processor in processors:
+            self._attributes(getattr(processor, "__dict__", {}))
 
     def _attributes(self, own: dict[str, Any]) -> None:
         self._sizes.append((own, len(own)))
@@ -64,17 +70,17 @@ class Fingerprint:
         )
 
     def is_still(self) -> bool:
-        """Whether classes, hooks and attributes are the same."""
-        if any(type(module) is not kind for module, kind in self._kinds):
+        """Whether classes and what they hold, hooks and attributes are the same."""
+        if any(type(owner) is not kind for owner, kind in self._kinds):
             return False
-        if any(vars(kind).get(name) is not function for kind, name, function in self._classes):
+        if any(len(now) != len(known) or not all(map(operator.is_, now.values(), known)) for now, known in self._classes):
             return False
         if any(len(value) != size for value, size in self._sizes):
             return False
-        for own, name, value in self._same:
-            now = own.get(name)
-            if now is not value and not (type(now) is type(value) and type(now) in _PLAIN and now == value):
-                return False
+        if not all(_is_same(own.get(name), value) for own, name, value in self._same):
+            return False
+        if not all(_is_same(getattr(processor, name, None), value) for processor, name, value in self._slots):
+            return False
         return all(_copy(value) == known for value, known in self._equal)
 
 
@@ -104,6 +110,15 @@ def _classes(model: nn.Module) -> list[type]:
         if "processor" in vars(module):
             kinds[type(vars(module)["processor"])] = None
     return [base for base in dict.fromkeys(base for kind in kinds for base in kind.__mro__) if base is not object]
+
+
+def _slots(processor: Any) -> list[str]:
+    """The names of attributes that are not in `__dict__`."""
+    return [name for kind in type(processor).__mro__ for name, held in vars(kind).items() if ismemberdescriptor(held)]
+
+
+def _is_same(now: Any, value: Any) -> bool:
+    return now is value or (type(now) is type(value) and type(now) in _PLAIN and now == value)
 
 
 def _copy(value: Any) -> Any:

@@ -38,8 +38,9 @@ class Watch:
 
     base: the options of `enable`, None where only `accelerated` blocks are open; blocks: the options of those, oldest first;
     buffers: what was prepared, if anything; graphs: of `graphed`, None where it is off; turn: held by a step while there is one
-    of these, and by whoever changes them; running: steps; loose: those without the turn, beside which no other reads buffers;
-    is_closed: disabled, perhaps by another thread in the middle of a step, which then takes over nothing more.
+    of these, and by whoever changes them; unread: why the last such step did not read the buffers, "" where it did; steps:
+    those that run, of all threads, the innermost of each last; is_closed: disabled, perhaps by another thread in the middle of
+    a step, which then takes over nothing more.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -51,13 +52,13 @@ class Watch:
         self.buffers: Buffers | None = None
         self.graphs: Any = None
         self.turn = Turn()
-        self.running = 0
-        self.loose = 0
+        self.unread = ""
+        self.steps: list[steps.Step] = []
         self.is_closed = False
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle is of a UNet that runs no step."""
-        return vars(self) | {"running": 0, "loose": 0}
+        return vars(self) | {"steps": []}
 
     def attach(self, unet: nn.Module) -> None:
         """Watch the steps of a UNet; does nothing where that is done already."""
@@ -77,7 +78,7 @@ class Watch:
             handle.remove()
         self.handles = []
         self.is_closed = True
-        for step in steps.take_all(self):
+        for step in [step for step in self.steps if step.is_of_this_thread]:
             # the hook that would end it is gone
             self._close(step)
         self.turn.end()
@@ -109,32 +110,33 @@ class Watch:
         steps.stop_if_asked(arguments, options)
         if is_eager:
             self.take_over_new(unet, [])
-        step = steps.named(arguments, options)
-        self._open(frame, steps.stream_of(step.get("sample")))
-        follows = self._remember(step)
-        self._write_scales(step)
-        if steps.running()[-1].has_turn and not self.loose:
-            self._refill(unet, arguments, step, follows)
+        named = steps.named(arguments, options)
+        step = self._open(frame, steps.stream_of(named.get("sample")))
+        follows = self._remember(named, step.stream)
+        self._write_scales(named)
+        if step.has_turn:
+            self.unread = self._refill(unet, arguments, named, follows)
+            self.session.is_prepared = not self.unread
 
-    def _open(self, frame: FrameType, stream: Any) -> None:
+    def _open(self, frame: FrameType, stream: Any) -> steps.Step:
         """Wait for the turn, where there is something to take turns for."""
-        for step in steps.take_interrupted():
-            step.watch._close(step)
         with SWITCH:
             has_turn = self.buffers is not None or self.graphs is not None
-            self._count(1, has_turn)
+            step = steps.Step(has_turn, threading.current_thread(), frame, stream)
+            self.steps.append(step)
         if has_turn:
             try:
                 self.turn.take(frame)
             except BaseException:
-                self._count(-1, has_turn)
+                self._remove(step)
                 raise
-        steps.running().append(steps.Step(self, has_turn, frame, stream))
+        self.close_interrupted()
         buffers = self.buffers
         if has_turn and buffers is not None:
             buffers.begin(stream)
+        return step
 
-    def _remember(self, step: dict[str, Any]) -> bool:
+    def _remember(self, step: dict[str, Any], stream: Any) -> bool:
         """Open the memory, or close what a step that was interrupted left open; whether a generation goes on."""
         memory = self.session.memory
         if not self.session.cache or steps.is_recorded(self.session):
@@ -142,17 +144,26 @@ class Watch:
             return False
         images = (step.get("added_cond_kwargs") or {}).get("image_embeds")
         tensors = [step.get("encoder_hidden_states"), *(images if isinstance(images, list) else [images])]
-        return memory.enter(step.get("timestep"), tuple(map(id, tensors)), steps.running()[-1].stream)
+        return memory.enter(step.get("timestep"), tuple(map(id, tensors)), stream)
 
-    def _refill(self, unet: nn.Module, arguments: tuple[Any, ...], step: dict[str, Any], follows: bool) -> None:
-        """Let the step that begins read the buffers, if they can hold what it was given."""
-        inputs = Inputs.of(step) if len(arguments) <= len(steps.NAMES) else None
+    def _refill(self, unet: nn.Module, arguments: tuple[Any, ...], step: dict[str, Any], follows: bool) -> str:
+        """Let the buffers hold what the step that begins was given. "" where it may read them, else why not."""
+        if not all(other.has_turn for other in list(self.steps)):
+            return "a step of another thread began before there were buffers, and runs still"
+        if len(arguments) > len(steps.NAMES):
+            return f"more than {len(steps.NAMES)} positional arguments of the UNet; pass keywords"
+        inputs = Inputs.of(step)
+        if inputs is None:
+            return str(Inputs.refusal(step))
         graphs = self.graphs
-        if graphs is not None and inputs is not None and not follows and graphs.takes(inputs.sample.device):
-            self._renew(unet, inputs)
+        if graphs is not None and not follows and graphs.takes(inputs.sample.device):
+            refusal = self._renew(unet, inputs)
+            if refusal:
+                return refusal
         buffers = self.buffers
-        if buffers is not None:
-            self.session.is_prepared = buffers.fit(inputs, anew=not follows)
+        if buffers is None:
+            return self.unread or "no buffers were made when the generation began"
+        return buffers.fit(inputs, anew=not follows)
 
     def _write_scales(self, step: dict[str, Any]) -> None:
         """Bring the tables of scales up to date, for the masks of this step."""
@@ -173,39 +184,51 @@ class Watch:
 
     @disable  # type: ignore[untyped-decorator]
     def _end(self) -> None:
-        running = steps.running()
-        if running and running[-1].watch is self:
-            self._close(running.pop())
+        mine = [step for step in list(self.steps) if step.is_of_this_thread]
+        if mine:
+            self._close(mine[-1])
 
     def _close(self, step: steps.Step) -> None:
-        self.session.memory.leave()
-        if step.has_turn:
-            buffers = self.buffers
-            if buffers is not None:
-                buffers.end(step.stream)
-            self.session.is_prepared = False
-            self.turn.give(step.frame)
-        self._count(-1, step.has_turn)
-
-    def _count(self, one: int, has_turn: bool) -> None:
-        """A step more, or less."""
+        """Does nothing where another thread has found that it was interrupted, and closed it."""
+        if step.is_of_this_thread:
+            self.session.memory.leave()
         with SWITCH:
-            self.loose += 0 if has_turn else one
-            self.running += one
-            if self.running == 0:
+            if step not in self.steps:
+                return
+            self._remove(step)
+            if step.has_turn:
+                buffers = self.buffers
+                if buffers is not None:
+                    buffers.end(step.stream)
+                self.session.is_prepared = False
+        if step.has_turn:
+            self.turn.give(step.frame)
+
+    def _remove(self, step: steps.Step) -> None:
+        with SWITCH:
+            self.steps.remove(step)
+            if not self.steps:
                 self.session.is_stepping = False
 
-    def _renew(self, unet: nn.Module, inputs: Inputs) -> None:
-        """A generation begins, to be captured: buffers of its sizes, where those that are there do not fit."""
+    def close_interrupted(self) -> None:
+        """Close the steps that no longer run, of any thread. Whoever took the turn calls this before anything else: what those
+        launched may still read the buffers.
+        """
+        for step in [step for step in list(self.steps) if not step.is_running]:
+            self._close(step)
+
+    def _renew(self, unet: nn.Module, inputs: Inputs) -> str:
+        """A generation begins, to be captured: buffers of its sizes, where those that are there do not fit. Why not, if so."""
         buffers = self.buffers
         if torch.is_grad_enabled() or (buffers is not None and buffers.are_current() and buffers.misfit(inputs) is None):
-            return
+            return ""
         try:
             new = Buffers(unet, self.places, inputs)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError) as error:
             # for the step to refuse, in diffusers' words
-            return
+            return str(error)
         self.put_buffers(new)
+        return ""
 
     def put_buffers(self, buffers: Buffers) -> None:
         """Let the layers have these, in the place of others. Whoever calls holds the turn."""
@@ -217,7 +240,8 @@ class Watch:
         """Forget what was prepared, and the graphs that read it."""
         self.turn.take()
         try:
-            buffers, self.buffers = self.buffers, None
+            self.close_interrupted()
+            buffers, self.buffers, self.unread = self.buffers, None, ""
             if buffers is not None:
                 buffers.drop()
             graphs = self.graphs

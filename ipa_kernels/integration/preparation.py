@@ -37,7 +37,8 @@ def prepare(pipe: Any, **arguments: Any) -> Report:
     Raises:
         TypeError: `pipe` is not a pipeline, or an argument is none of the pipeline's.
         ValueError: no IP-Adapter is loaded; an argument does not fit the buffers of an earlier call (`clear_cache` drops those,
-            graphs are then compiled anew), or is none that can be prepared; a UNet with hooks around its layers.
+            graphs are then compiled anew), or is none that can be prepared; hooks or code that is neither torch's nor
+            diffusers' own between the UNet and its layers.
         RuntimeError: the pipeline runs no step with these arguments.
         ImportError: diffusers cannot be imported.
         Also what the pipeline itself raises.
@@ -91,12 +92,14 @@ def _fill(state: Any, unet: Any, given: tuple[Any, ...], options: dict[str, Any]
     state.turn.take()
     before = buffers = state.buffers
     try:
+        state.close_interrupted()
         if buffers is not None and buffers.are_current():
             misfit = buffers.misfit(inputs)
             if misfit is not None:
                 raise ValueError(f"{misfit}; clear_cache(pipe) drops the buffers, graphs are then compiled anew")
             buffers.begin(stream)
             buffers.refill(inputs)
+            state.unread = ""
         else:
             buffers = watch.Buffers(unet, state.places, inputs)
             state.put_buffers(buffers)

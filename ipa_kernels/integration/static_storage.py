@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo import mark_static_address
 
 from . import image_projection
-from .conditioning_cache import Snapshot, State, is_hooked, is_plain
+from .conditioning_cache import Snapshot, State, is_plain
 from .layer import layer_of
 from .processors import branches
 from .state import Held, Layer
@@ -86,7 +86,7 @@ class Buffers:
             raise ValueError(
                 "pipe: expected IP-Adapter processors of diffusers' own, got others in every layer; explain(pipe) names them"
             )
-        self._refuse_hooks()
+        self._refuse_obstacle()
         if len({id(processor) for _, processor, _ in self._layers}) < len(self._layers):
             raise ValueError("pipe: expected a processor of its own for each attention, got one that is shared")
         self._signature = _signature(inputs)
@@ -126,24 +126,30 @@ class Buffers:
             attention.processor is processor and layer_of(processor) is layer for attention, processor, layer in self._layers
         )
 
-    def fit(self, inputs: Inputs | None, anew: bool) -> bool:
-        """Whether the step that begins may read the buffers: they hold what it was given.
+    def fit(self, inputs: Inputs, anew: bool) -> str:
+        """Have them hold what the step that begins was given. "" where it may read them, else why not.
 
         anew: compute everything again, whatever is known.
         """
-        if inputs is None or torch.is_grad_enabled() or self.misfit(inputs) is not None:
-            return False
-        if not self.are_current() or self._hooked() is not None:
-            return False
+        if torch.is_grad_enabled():
+            return "gradients: nothing is kept of a step that is differentiated; use torch.no_grad()"
+        misfit = self.misfit(inputs)
+        if misfit is not None:
+            return misfit
+        if not self.are_current():
+            return "attention layers or processors were exchanged since; call prepare again"
+        obstacle = self._places.obstacle(self._unet)
+        if obstacle is not None:
+            return f"got {obstacle}: it may change what a layer is given; remove it"
         if anew or not self._is_known(inputs):
             self._fill(inputs)
         elif _queries(self._unet, inputs) - self._sizes.keys():
             self._fill_masks(inputs)
-        return True
+        return ""
 
     def refill(self, inputs: Inputs) -> None:
         """Compute everything again, whatever is known. Raises ValueError as for new buffers."""
-        self._refuse_hooks()
+        self._refuse_obstacle()
         self._fill(inputs)
 
     def begin(self, stream: Any) -> None:
@@ -156,22 +162,13 @@ class Buffers:
         if stream is not None:
             self._used = stream.record_event()
 
-    def _refuse_hooks(self) -> None:
-        hooked = self._hooked()
-        if hooked is not None:
+    def _refuse_obstacle(self) -> None:
+        obstacle = self._places.obstacle(self._unet)
+        if obstacle is not None:
             raise ValueError(
-                f"pipe: expected a UNet without hooks around its layers, got one on {hooked} (offloading adds such)"
+                "pipe: expected a UNet whose layers are called by torch's and diffusers' own code alone, without hooks (which "
+                f"offloading adds), got {obstacle}; remove it, or do without prepare"
             )
-
-    def _hooked(self) -> str | None:
-        """The name of a module on the way to a layer in whose call something else takes part: hooks, a forward of its own."""
-        own = vars(self._unet)
-        # one pre-hook is ours, and so is a forward that replays graphs
-        if len(self._unet._forward_pre_hooks) > 1 or "_hf_hook" in own or "_diffusers_hook" in own:
-            return "the UNet"
-        if "forward" in own and own["forward"].__module__ != "ipa_kernels.integration.hooks":
-            return "the UNet"
-        return next((name for name, module in self._places.on_the_way() if is_hooked(module)), None)
 
     def drop(self) -> None:
         """Take the buffers away from the layers, when no stream reads them any more: their memory is that of the one they were

@@ -1,44 +1,44 @@
-"""A lock for steps: reentrant, and given up for a thread that has ended, or for a step that was interrupted."""
+"""A lock for steps: reentrant, and given up by a call that was interrupted, whichever thread notices."""
 
+import inspect
 import sys
 import threading
 from types import FrameType
 
+_GENERATORS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
 
 class Turn:
-    """Held by one thread, as often as it takes it; whoever else wants it waits."""
+    """Held by calls of one thread, as many as take it; another thread waits while one of those runs."""
 
     def __init__(self) -> None:
         self._free = threading.Condition()
-        self._owner: threading.Thread | None = None
-        self._held: list[FrameType | None] = []
+        self._owner = threading.current_thread()
+        self._held: list[FrameType] = []
         self._is_over = False
 
     def __reduce__(self) -> tuple[object, ...]:
         return Turn, ()
 
     def take(self, frame: FrameType | None = None) -> None:
-        """frame: of the step that it is taken for; a step that is no longer running when the same thread comes again, since
-        it was interrupted in a way that torch runs no hooks for, has given it up.
+        """frame: of the call that it is taken for, by default the caller. A call that no longer runs (torch runs no hooks for
+        a KeyboardInterrupt) has given it up.
         """
+        frame = frame or sys._getframe(1)
         me = threading.current_thread()
         with self._free:
-            while self._owner not in (None, me) and not self._is_over:
+            while self._is_held_by_another(me) and not self._is_over:
                 self._free.wait(timeout=1.0)
-                if self._owner is not None and not self._owner.is_alive():
-                    self._owner, self._held = None, []
-            if self._owner is me:
-                self._held = [held for held in self._held if held is None or is_running(held)]
             self._owner = me
             self._held.append(frame)
 
     def give(self, frame: FrameType | None = None) -> None:
-        """Give back what was taken for a frame; does nothing where that is given up already."""
+        """Give back what was taken for a frame, by default the caller; does nothing where that is given up already."""
+        frame = frame or sys._getframe(1)
         with self._free:
             if self._owner is threading.current_thread() and frame in self._held:
                 self._held.remove(frame)
                 if not self._held:
-                    self._owner = None
                     self._free.notify_all()
 
     def end(self) -> None:
@@ -47,10 +47,20 @@ class Turn:
             self._is_over = True
             self._free.notify_all()
 
+    def _is_held_by_another(self, me: threading.Thread) -> bool:
+        self._held = [frame for frame in self._held if is_running(frame, self._owner)]
+        return bool(self._held) and self._owner is not me
 
-def is_running(frame: FrameType) -> bool:
-    """Whether a frame is on the stack of this thread."""
-    current: FrameType | None = sys._getframe()
+
+def is_running(frame: FrameType, thread: threading.Thread) -> bool:
+    """Whether a frame is on the stack of a thread.
+
+    True in doubt: another thread may leave a generator while its stack is walked, and the frame of one that was left leads no
+    further. What any other call was called from stays known.
+    """
+    last = None
+    current = sys._current_frames().get(thread.ident or 0)
     while current is not None and current is not frame:
-        current = current.f_back
-    return current is frame
+        last, current = current, current.f_back
+    is_doubtful = last is not None and bool(last.f_code.co_flags & _GENERATORS)
+    return current is frame or (is_doubtful and thread is not threading.current_thread())

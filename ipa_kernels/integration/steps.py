@@ -1,4 +1,4 @@
-"""The steps of UNets that each thread is in, and the arguments of the first one that a pipeline runs."""
+"""A step of a UNet, and the arguments of the first one that a pipeline runs."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -9,28 +9,37 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .step_lock import is_running
+from . import step_lock
 
 # the first parameters of every UNet's forward
 NAMES = ("sample", "timestep", "encoder_hidden_states")
 
 
 class Step(NamedTuple):
-    """watch: of the UNet that runs it; has_turn: whether it holds the turn of that; frame: of the call of the UNet; stream: as
+    """has_turn: whether it holds the turn of its UNet; thread: that runs it; frame: of the call of the UNet; stream: as
     `stream_of` its latents.
     """
 
-    watch: Any
     has_turn: bool
+    thread: threading.Thread
     frame: FrameType
     stream: Any
 
+    @property
+    def is_running(self) -> bool:
+        """False where it was left in a way that torch runs no hooks for."""
+        return step_lock.is_running(self.frame, self.thread)
+
+    @property
+    def is_of_this_thread(self) -> bool:
+        """Whether the caller's thread runs it."""
+        return self.thread is threading.current_thread()
+
 
 class _Thread(threading.local):
-    """Of each thread: its steps, the innermost last; the sessions whose steps it records; whether its next step is stopped."""
+    """Of each thread: the sessions whose steps it records; whether its next step is stopped."""
 
     def __init__(self) -> None:
-        self.steps: list[Step] = []
         self.recorded: list[object] = []
         self.stops = False
 
@@ -93,25 +102,3 @@ def recorded(session: object) -> Iterator[None]:
 def is_recorded(session: object) -> bool:
     """Whether this thread is in `recorded`. Steps of other threads are not."""
     return session in _THREAD.recorded
-
-
-def running() -> list[Step]:
-    """The steps that this thread is in, the innermost last; the list itself."""
-    return _THREAD.steps
-
-
-def take_interrupted() -> list[Step]:
-    """Take out the steps of this thread that were left in a way that torch runs no hooks for."""
-    return _take([step for step in running() if not is_running(step.frame)])
-
-
-def take_all(watch: Any) -> list[Step]:
-    """Take out the steps of this thread that belong to a UNet."""
-    return _take([step for step in running() if step.watch is watch])
-
-
-def _take(taken: list[Step]) -> list[Step]:
-    steps = running()
-    for step in taken:
-        steps.remove(step)
-    return taken
