@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from .conditioning_cache import is_hooked
+from .guards import is_hooked
 from .processors import unet as families
 from .provenance import runs_own
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .conditioning_cache import is_hooked
+from .guards import is_hooked
 from .provenance import AND_EXTRAS, runs_own
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from diffusers.models import activations, attention, attention_processor, embeddings
 from torch import Tensor, nn
 
-from .conditioning_cache import State, active, doubt_of, remember, state_of
+from .conditioning_cache import active, remember
+from .guards import State, doubt_of, state_of
 from .provenance import AND_EXTRAS, owner_of, runs_own
 from .replaced import LINEAR, SCORES, SDPA, Part, has_scores_of_its_own
 from .state import Session

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..ops.api import make_launch, run
 from ..ops.dispatch import allows_tf32
 from ..ops.validation import Problem
-from .conditioning_cache import Memory, Snapshot, State, is_hooked, is_plain
+from .conditioning_cache import Memory
+from .guards import Snapshot, State, is_hooked, is_plain
 from .image_projection import pure_state
 from .scale_table import number
 from .state import Layer

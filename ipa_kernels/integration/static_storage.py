@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo import mark_static_address
 
 from . import image_projection
-from .conditioning_cache import Snapshot, State, is_plain
+from .guards import Snapshot, State, is_plain
 from .layer import layer_of
 from .processors import branches
 from .state import Held, Layer

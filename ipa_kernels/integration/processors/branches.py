@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ...ops import UnsupportedError
 from ...ops.validation import Problem, check_arguments
-from ..conditioning_cache import State, remember
+from ..conditioning_cache import remember
+from ..guards import State
 from ..image_projection import doubt, pure_state
 from ..scale_table import factor
 from ..state import Layer
