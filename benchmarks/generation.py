@@ -106,13 +106,13 @@ class Layer:
     def enabled(self, impl: str) -> Iterator[Memory]:
         """In the middle of a generation of an enabled UNet, after its first step; what it remembers."""
         session = Session(impl, cache=True)
-        processors.take_over(self.attention.processor, "layer", session, [])
+        processors.install(self.attention.processor, "layer", session, [])
         session.memory.enter(999, ())
         try:
             yield session.memory
         finally:
             session.memory.leave()
-            processors.give_back(self.attention.processor)
+            processors.uninstall(self.attention.processor)
 
 
 def measure_layer(

@@ -170,15 +170,15 @@ def test_a_failure_halfway_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> No
     pipe = build("sd", ("base",))
     before = classes(pipe)
     families = api._families()
-    take_over = families.take_over
+    install = families.install
     calls = iter(range(100))
 
     def fail_at_the_third(*arguments: object) -> object:
         if next(calls) == 2:
             raise MemoryError("out of memory")
-        return take_over(*arguments)
+        return install(*arguments)
 
-    monkeypatch.setattr(families, "take_over", fail_at_the_third)
+    monkeypatch.setattr(families, "install", fail_at_the_third)
     with pytest.raises(MemoryError):
         ipa_kernels.enable(pipe)
     assert classes(pipe) == before

@@ -34,7 +34,7 @@ class Bench:
         if masked:
             self.options["ip_adapter_masks"] = [torch.rand(1, 1, 16, 16), torch.rand(1, 2, 16, 16)]
         self.session = Session(impl, cache=True)
-        unet.take_over(self.processor, "layer", self.session, [])
+        unet.install(self.processor, "layer", self.session, [])
         with torch.no_grad():
             self.session.memory.enter(999, ())
 
@@ -358,7 +358,7 @@ def test_what_is_ready_keeps_nothing_alive(bench: Bench) -> None:
 
 def test_a_new_session_starts_anew(bench: Bench) -> None:
     session = Session("eager", cache=True)
-    unet.take_over(bench.processor, "layer", session, [])
+    unet.install(bench.processor, "layer", session, [])
     assert bench.ready is None
     assert torch.equal(bench(), bench.stock())
 

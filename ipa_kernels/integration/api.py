@@ -16,7 +16,7 @@ from torch import nn
 from ..ops.api import UnsupportedError, check_impl
 from ..report import CacheReport, LayerReport, Report, plural
 from .conditioning_cache import Memory
-from .state import Session
+from .state import Session, layer_of
 
 OFF = "IPA_KERNELS_DISABLE"
 
@@ -70,7 +70,7 @@ def disable(target: Any) -> None:
         if found is None:
             return
         found.detach(unet)
-        found.give_back(unet)
+        found.uninstall(unet)
         found.session.memory.forget()
         found.drop_buffers()
 
@@ -138,7 +138,7 @@ def _switch_on(unet: Any, target: str, options: Any) -> Report:
     undo: list[Callable[[], None]] = []
     try:
         session.impl, session.cache = options
-        state.take_over_new(unet, undo)
+        state.install_new(unet, undo)
         state.attach(unet)
         report = _report(unet, target)
         session.memory = Memory()
@@ -172,7 +172,7 @@ def _report(unet: Any, target: str) -> Report:
     for name, attention in hooks.attention_layers.adapter_layers(unet):
         processor = attention.processor
         planned, reasons = families.layer_plan(attention, processor, impl, device, dtype)
-        layer = families.layer_of(processor)
+        layer = layer_of(processor)
         if state is None:
             layers.append(LayerReport(name, "stock", None, f"not enabled: {switch}", 0))
         elif type(processor) in families.FUSED:

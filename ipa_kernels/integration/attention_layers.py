@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import nn
 
+from .eligibility import expects_adapter, is_adapter
 from .guards import is_hooked
-from .processors import unet as families
 from .provenance import runs_own
+from .state import layer_of
 
 _CALL = ("__call__", "_wrapped_call_impl", "_call_impl", "forward")
 _OF_UNET = ("process_encoder_hidden_states", "get_aug_embed")
@@ -77,7 +78,7 @@ class Places:
             if hasattr(unet, name) and (name in vars(unet) or not runs_own(type(unet), name)):
                 return _not_own(type(unet), name)
         processors = [attention.processor for attention in self.attentions.values()]
-        for kind in {type(processor) for processor in processors if families.layer_of(processor) is not None}:
+        for kind in {type(processor) for processor in processors if layer_of(processor) is not None}:
             if not runs_own(kind, "__call__", ("ipa_kernels",)):
                 return _not_own(kind, "__call__")
         return None
@@ -101,5 +102,5 @@ def adapter_layers(unet: Any) -> Iterator[tuple[str, Any]]:
     """(name, Attention) of every layer that has an IP-Adapter, or should have one, in the order of the modules."""
     loaded = is_loaded(unet)
     for name, attention in Places(unet).attentions.items():
-        if families.is_adapter(attention.processor) or (loaded and families.expects_adapter(name)):
+        if is_adapter(attention.processor) or (loaded and expects_adapter(name)):
             yield name, attention

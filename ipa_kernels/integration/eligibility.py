@@ -1,14 +1,22 @@
-"""Calls that only diffusers' own code may run: each reason in one line, with what to do to use the kernel."""
+"""Why a layer, or one of its calls, is for diffusers' own code: each reason in one line, with what to do to use the kernel."""
 
 from numbers import Integral, Real
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import (
+    Attention,
+    IPAdapterAttnProcessor,
+    IPAdapterAttnProcessor2_0,
+    IPAdapterXFormersAttnProcessor,
+)
 from torch import Tensor
 
 from ..report import plural
 from .scale_table import number
+
+ADAPTERS = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor)
+"""diffusers' IP-Adapter processors for UNets."""
 
 
 def unusual(
@@ -111,3 +119,38 @@ def _is_pair(states: Any) -> bool:
         and isinstance(states[1], list | tuple)
         and all(isinstance(state, Tensor) for state in states[1])
     )
+
+
+class Installed:
+    """What each subclass of ours is, beside the class of diffusers' that it stands in for."""
+
+
+def is_adapter(processor: object) -> bool:
+    """Whether a processor is one of an IP-Adapter: of diffusers' for UNets, derived from one, or from elsewhere."""
+    return isinstance(processor, ADAPTERS) or _is_from_elsewhere(processor)
+
+
+def _is_from_elsewhere(processor: object) -> bool:
+    """Whether a processor does the work of an IP-Adapter's, as tencent's and InstantID's do, and is not diffusers'.
+
+    Told by the names that their many copies share.
+    """
+    kind = type(processor)
+    if kind.__module__.startswith("diffusers.") or isinstance(processor, Installed):
+        return False
+    named = "IPAttn" in kind.__name__ or "IPAdapter" in kind.__name__
+    return named or (hasattr(processor, "to_k_ip") and hasattr(processor, "to_v_ip"))
+
+
+def expects_adapter(name: str) -> bool:
+    """Whether diffusers' loader puts an IP-Adapter into the attention of this name."""
+    return not name.endswith("attn1") and "motion_modules" not in name
+
+
+def foreign_reason(processor: object, expected: bool) -> str | None:
+    """Why a processor is not taken over, or None where it can be, or where no IP-Adapter's is expected."""
+    kind = type(processor)
+    if kind in ADAPTERS or isinstance(processor, Installed) or not (expected or is_adapter(processor)):
+        return None
+    load = "load the adapter by load_ip_adapter, or set_attn_processor with diffusers' own"
+    return f"processor {kind.__name__}: not one of diffusers' IP-Adapter classes, which alone are taken over; {load}"

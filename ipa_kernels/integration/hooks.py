@@ -15,8 +15,9 @@ from torch._dynamo.eval_frame import skip_code
 
 from ..ops import UnsupportedError
 from . import attention_layers, image_projection, steps
+from .eligibility import expects_adapter, foreign_reason
 from .processors import unet as families
-from .state import Session
+from .state import Session, layer_of
 from .static_storage import Buffers, Inputs
 from .step_lock import Turn
 
@@ -109,7 +110,7 @@ class Watch:
     ) -> None:
         steps.stop_if_asked(arguments, options)
         if is_eager:
-            self.take_over_new(unet, [])
+            self.install_new(unet, [])
         named = steps.named(arguments, options)
         step = self._open(frame, steps.stream_of(named.get("sample")))
         follows = self._remember(named, step.stream)
@@ -172,14 +173,14 @@ class Watch:
             return
         masks = (step.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
         for attention in self.places.attentions.values():
-            layer = families.layer_of(attention.processor)
+            layer = layer_of(attention.processor)
             if layer is not None:
                 layer.table.follow(vars(attention.processor).get("scale"), masks, sample.device)
         self.session.is_stepping = True
 
     def layers(self) -> list[Any]:
         """What the processors that were taken over remember, in the order of the modules."""
-        found = (families.layer_of(attention.processor) for attention in self.places.attentions.values())
+        found = (layer_of(attention.processor) for attention in self.places.attentions.values())
         return [layer for layer in found if layer is not None]
 
     @disable  # type: ignore[untyped-decorator]
@@ -256,7 +257,7 @@ class Watch:
         with steps.recorded(self.session), self.session.memory.suspended():
             yield
 
-    def take_over_new(self, unet: nn.Module, undo: list[Callable[[], None]]) -> None:
+    def install_new(self, unet: nn.Module, undo: list[Callable[[], None]]) -> None:
         """Take over every stock module of an IP-Adapter; `undo` collects, in the order of the changes, what reverts each."""
         session = self.session
         if not self.places.are_current():
@@ -265,16 +266,16 @@ class Watch:
             if type(module) in image_projection.OURS:
                 with SWITCH:
                     if type(module) in image_projection.OURS and not self.is_closed:
-                        image_projection.take_over(module, session, undo)
+                        image_projection.install(module, session, undo)
         loaded = attention_layers.is_loaded(unet)
         for name, attention in self.places.attentions.items():
             processor = attention.processor
             if families.is_new(processor, session):
                 with SWITCH:
                     if families.is_new(processor, session) and not self.is_closed:
-                        families.take_over(processor, name, session, undo)
+                        families.install(processor, name, session, undo)
                 continue
-            foreign = families.foreign_reason(processor, loaded and families.expects_adapter(name))
+            foreign = foreign_reason(processor, loaded and expects_adapter(name))
             if foreign is None:
                 continue
             if session.impl == "triton":
@@ -282,17 +283,17 @@ class Watch:
             if session.impl == "auto":
                 session.warn_once(foreign, "the processor's own code runs instead")
 
-    def give_back(self, unet: nn.Module) -> None:
-        """Undo every `take_over`, of what is installed and of what was put aside."""
+    def uninstall(self, unet: nn.Module) -> None:
+        """Undo every `install`, of what is installed and of what was put aside."""
         # by identity: a user's own processor need not be hashable
         installed = {id(place.processor): place.processor for place in attention_layers.Places(unet).attentions.values()}
         aside = {id(module): module for module in (*image_projection.of(unet), *self.session.taken)}
         for key, module in (installed | aside).items():
             if type(module) in image_projection.STOCK:
-                image_projection.give_back(module)
+                image_projection.uninstall(module)
             # a processor that was put into another enabled UNet since belongs to that one
             elif families.session_of(module) is self.session or (key in installed and type(module) in families.STOCK):
-                families.give_back(module)
+                families.uninstall(module)
 
 
 def forward(unet: Any, *arguments: Any, **options: Any) -> Any:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from diffusers.models import activations, attention, attention_processor, embeddings
 from torch import Tensor, nn
 
+from . import patching
 from .conditioning_cache import active, remember
 from .guards import State, doubt_of, state_of
 from .provenance import AND_EXTRAS, owner_of, runs_own
@@ -180,22 +181,14 @@ def of(unet: nn.Module) -> list[nn.Module]:
     return [module for module in found if type(module) in OURS or type(module) in STOCK]  # type: ignore[misc]
 
 
-def take_over(module: nn.Module, session: Session, undo: list[Callable[[], None]]) -> None:
+def install(module: nn.Module, session: Session, undo: list[Callable[[], None]]) -> None:
     """Make a projection one of ours; `undo` gets what reverts that, before anything is changed."""
-    kind = type(module)
-
-    def revert() -> None:
-        session.taken.discard(module)
-        module.__class__ = kind
-
-    undo.append(revert)
-    session.taken.add(module)
-    module.__class__ = OURS[kind]
+    patching.install(module, OURS[type(module)], session, undo)
 
 
-def give_back(module: nn.Module) -> None:
+def uninstall(module: nn.Module) -> None:
     """Make a projection of ours the one that it was."""
-    module.__class__ = STOCK[type(module)]
+    patching.uninstall(module, STOCK[type(module)])
 
 
 def state_with_ours(modules: list[nn.Module]) -> State | None:

@@ -61,7 +61,7 @@ def prepare(pipe: Any, **arguments: Any) -> Report:
     state = watch.of(unet)
     try:
         with watch.SWITCH:
-            state.take_over_new(unet, [])
+            state.install_new(unet, [])
         with torch.no_grad(), _left_alone(pipe, unet, arguments.get("generator")):
             given, options = steps.first(lambda: pipe(**arguments))
             _fill(state, unet, given, options)

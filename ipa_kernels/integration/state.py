@@ -93,6 +93,11 @@ class Layer:
                 )
 
 
+def layer_of(processor: Any) -> Layer | None:
+    """What `install` leaves on a processor; None where it was not installed. A user's own may have slots, and no `__dict__`."""
+    return getattr(processor, "__dict__", {}).get("_ipa_layer")
+
+
 def is_recorded(session: Session) -> bool:
     """Whether a call is recorded, by a compiler or for a CUDA graph, to be run again with other data."""
     return torch.compiler.is_compiling() or steps.is_recorded(session)

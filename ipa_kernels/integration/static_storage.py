@@ -15,9 +15,8 @@ from torch._dynamo import mark_static_address
 
 from . import image_projection
 from .guards import Snapshot, State, is_plain
-from .layer import layer_of
 from .processors import branches
-from .state import Held, Layer
+from .state import Held, Layer, layer_of
 
 
 class Inputs(NamedTuple):

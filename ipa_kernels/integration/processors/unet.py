@@ -20,16 +20,16 @@ from torch import Tensor, nn
 from ...ops import UnsupportedError
 from ...ops.api import choose, run, traced_op
 from ...ops.dispatch import automatic_reasons, layer_reasons
+from .. import patching
 from ..conditioning_cache import active
-from ..eligibility import unusual
-from ..layer import layer_of
+from ..eligibility import Installed, foreign_reason, unusual
 from ..prepared_call import find, keep, photograph
 from ..replaced import is_anything_replaced, replaced_reasons
-from ..state import Layer, Session, is_recorded
+from ..state import Layer, Session, is_recorded, layer_of
 from . import branches
 
 
-class _Fused:
+class _Fused(Installed):
     """What the three subclasses share. A call works on what it read at its start: another thread may `disable` meanwhile."""
 
     # whether eager attention gives the result of the replaced class bit for bit
@@ -265,59 +265,16 @@ def session_of(processor: Any) -> Session | None:
     return None if layer is None else layer.session
 
 
-def take_over(processor: nn.Module, name: str, session: Session, undo: list[Callable[[], None]]) -> None:
+def install(processor: nn.Module, name: str, session: Session, undo: list[Callable[[], None]]) -> None:
     """Make a processor one of this session; `undo` gets what reverts that, before anything is changed."""
-    kind, layer = type(processor), layer_of(processor)
-
-    def revert() -> None:
-        session.taken.discard(processor)
-        processor.__class__ = kind
-        vars(processor).pop("_ipa_layer", None)
-        if layer is not None:
-            vars(processor)["_ipa_layer"] = layer
-
-    undo.append(revert)
-    session.taken.add(processor)
-    vars(processor)["_ipa_layer"] = Layer(name, session)
-    processor.__class__ = FUSED.get(kind, kind)
+    kind = type(processor)
+    patching.install(processor, FUSED.get(kind, kind), session, undo, Layer(name, session))
 
 
-def give_back(processor: nn.Module) -> None:
+def uninstall(processor: nn.Module) -> None:
     """Make a processor of ours a stock one again."""
-    if type(processor) in STOCK:
-        processor.__class__ = STOCK[type(processor)]
-    vars(processor).pop("_ipa_layer", None)
-
-
-def is_adapter(processor: object) -> bool:
-    """Whether a processor is one of an IP-Adapter: of diffusers' for UNets, derived from one, or from elsewhere."""
-    return isinstance(processor, tuple(FUSED)) or _is_from_elsewhere(processor)
-
-
-def _is_from_elsewhere(processor: object) -> bool:
-    """Whether a processor does the work of an IP-Adapter's, as tencent's and InstantID's do, and is not diffusers'.
-
-    Told by the names that their many copies share.
-    """
     kind = type(processor)
-    if kind.__module__.startswith("diffusers.") or _ours(processor) is not None:
-        return False
-    named = "IPAttn" in kind.__name__ or "IPAdapter" in kind.__name__
-    return named or (hasattr(processor, "to_k_ip") and hasattr(processor, "to_v_ip"))
-
-
-def expects_adapter(name: str) -> bool:
-    """Whether diffusers' loader puts an IP-Adapter into the attention of this name."""
-    return not name.endswith("attn1") and "motion_modules" not in name
-
-
-def foreign_reason(processor: object, expected: bool) -> str | None:
-    """Why a processor is not taken over, or None where it can be, or where no IP-Adapter's is expected."""
-    kind = type(processor)
-    if kind in FUSED or _ours(processor) is not None or not (expected or is_adapter(processor)):
-        return None
-    load = "load the adapter by load_ip_adapter, or set_attn_processor with diffusers' own"
-    return f"processor {kind.__name__}: not one of diffusers' IP-Adapter classes, which alone are taken over; {load}"
+    patching.uninstall(processor, STOCK.get(kind, kind))
 
 
 def layer_plan(

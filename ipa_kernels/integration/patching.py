@@ -1,0 +1,44 @@
+"""Install a subclass of ours in place of a module's class, and uninstall it: one way for processors and projections.
+
+The module stays the same object with the same parameters. Only its `__class__` changes, as with torch's
+`torch.nn.utils.parametrize` and FSDP 2 (`fully_shard`).
+"""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from .state import Layer, Session, layer_of
+
+
+def install(
+    module: nn.Module, kind: type, session: Session, undo: list[Callable[[], None]], layer: Layer | None = None
+) -> None:
+    """Make a module one of class `kind` in this session.
+
+    undo: gets what reverts that, before anything is changed. layer: what a processor remembers; None for a projection.
+    """
+    before, known = type(module), layer_of(module)
+
+    def revert() -> None:
+        session.taken.discard(module)
+        module.__class__ = before
+        _set_layer(module, known)
+
+    undo.append(revert)
+    session.taken.add(module)
+    _set_layer(module, layer)
+    module.__class__ = kind
+
+
+def uninstall(module: nn.Module, kind: type) -> None:
+    """Give a module its class back, and take away what it remembers."""
+    module.__class__ = kind
+    _set_layer(module, None)
+
+
+def _set_layer(module: nn.Module, layer: Layer | None) -> None:
+    if layer is None:
+        vars(module).pop("_ipa_layer", None)
+    else:
+        vars(module)["_ipa_layer"] = layer
