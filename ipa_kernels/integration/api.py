@@ -29,8 +29,10 @@ def enable(target: Any, *, impl: str = "auto", cache: bool = True) -> Report:
             later is taken over on the next step.
         impl: "auto" is the kernel where it runs, else eager attention, which is bit for bit stock's; each distinct reason warns
             once (`ipa_kernels.FallbackWarning`). "triton" never falls back. "eager" never uses the kernel.
-        cache: whether to keep what is constant during a generation: keys, values, image tokens, mask vectors. An edit through
-            `.data` or a NumPy view in the middle of a generation is not seen; any other is, and these between generations.
+        cache: whether to keep what is constant during a generation: keys, values, image tokens, mask vectors. Not seen is an
+            edit in place through `.data` or a NumPy view, which leaves no trace in torch, of a weight, an embedding or a
+            mask: in the middle of a generation, or between two runs of a loop of your own that keeps its embeddings and masks
+            where the second run begins later in its schedule than the first one ended. `clear_cache` is the remedy.
 
     Returns:
         A `Report` of what is planned, layer by layer.

@@ -77,10 +77,14 @@ class Fingerprint:
             return False
         if any(len(value) != size for value, size in self._sizes):
             return False
-        if not all(_is_same(own.get(name), value) for own, name, value in self._same):
-            return False
-        if not all(_is_same(getattr(processor, name, None), value) for processor, name, value in self._slots):
-            return False
+        for own, name, value in self._same:
+            now = own.get(name)
+            if now is not value and not _is_equal(now, value):
+                return False
+        for processor, name, value in self._slots:
+            now = getattr(processor, name, None)
+            if now is not value and not _is_equal(now, value):
+                return False
         return all(_copy(value) == known for value, known in self._equal)
 
 
@@ -117,8 +121,8 @@ def _slots(processor: Any) -> list[str]:
     return [name for kind in type(processor).__mro__ for name, held in vars(kind).items() if ismemberdescriptor(held)]
 
 
-def _is_same(now: Any, value: Any) -> bool:
-    return now is value or (type(now) is type(value) and type(now) in _PLAIN and now == value)
+def _is_equal(now: Any, value: Any) -> bool:
+    return type(now) is type(value) and type(now) in _PLAIN and now == value
 
 
 def _copy(value: Any) -> Any:
