@@ -364,10 +364,13 @@ def test_values_in_a_reason_do_not_make_it_another_one() -> None:
     unet = build("sd", ("base",)).unet
     ipa_kernels.enable(unet)
 
+    class OfTheUser(float):
+        """Whoever derives from float may multiply in a way of its own."""
+
     def run(scale: float) -> None:
         for processor in unet.attn_processors.values():
             if hasattr(processor, "to_k_ip"):
-                processor.scale = [torch.tensor(scale)]
+                processor.scale = [OfTheUser(scale)]
         forward(unet)
 
     with torch.no_grad():

@@ -22,6 +22,6 @@ def test_a_reference_for_each_of_several_prompts() -> None:
     }
     expected = generate(pipe, ("base",), **options)
     ipa_kernels.enable(pipe)
-    with pytest.warns(ipa_kernels.FallbackWarning, match=r"got \[6, 6, 18\]; .*one call per prompt"):
+    with pytest.warns(ipa_kernels.FallbackWarning, match=r"got \[6, 6, 18\]; .*once per prompt"):
         assert torch.equal(generate(pipe, ("base",), **options), expected)
     assert {layer.impl for layer in ipa_kernels.explain(pipe).layers} == {"stock"}

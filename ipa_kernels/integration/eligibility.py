@@ -52,7 +52,7 @@ def unusual(
     batches = [hidden_states.shape[0], text.shape[0], *(state.shape[0] for state in images)]
     if len(set(batches)) > 1:
         got = f"expected the same, got {batches}"
-        todo = "cut all of them where a callback cuts one; a reference for each prompt takes one call per prompt"
+        todo = "cut all of them where a callback cuts one, and call the pipeline once per prompt where each has a reference"
         reasons.append(f"batch sizes of queries, text and images: {got}; {todo}")
     reasons += _unusual_masks(scales, masks, images, hidden_states.shape[0])
     return reasons
