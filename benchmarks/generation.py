@@ -15,21 +15,21 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # so that the kernel's path can be counted; it is never timed
 
-from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import ipa_kernels
 from ipa_kernels import reference, tiny
@@ -166,48 +166,31 @@ def beyond(rows: list[dict[str, Any]], name: str) -> float:
     return float(sum(layers * (seconds["median"] - both["median"]) for layers, seconds, both in parts))
 
 
-@contextmanager
-def counted_calls(unet: nn.Module) -> Iterator[dict[str, int]]:
-    """Counts what a generation calls, by kind; not by hooks, which would stop the memory."""
-    calls = dict.fromkeys(("to_k", "to_v", "to_k_ip", "to_v_ip", "image projection", "mask resize"), 0)
-    kinds: dict[nn.Module, str] = {}
-    for name, module in unet.named_modules():
-        for kind in ("to_k", "to_v", "to_k_ip", "to_v_ip"):
-            if isinstance(module, nn.Linear) and "attn2" in name and f".{kind}." in f"{name}.":
-                kinds[module] = kind
-    linear, downsample = nn.Linear.forward, IPAdapterMaskProcessor.downsample
-    projections: list[Any] = list(unet.encoder_hid_proj.image_projection_layers)  # type: ignore[union-attr, arg-type]
+class CountedCalls(TorchFunctionMode):
+    """Counts what a generation calls, by kind. Hooks, or functions in the places of torch's, would stop the memory."""
 
-    kinds_of_projections: set[Any] = set(map(type, projections))
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.calls: dict[str, int] = dict.fromkeys(("to_k", "to_v", "to_k_ip", "to_v_ip", "image projection", "mask resize"), 0)
+        self._kinds: dict[int, str] = {}
+        for name, module in unet.named_modules():
+            for kind in ("to_k", "to_v", "to_k_ip", "to_v_ip"):
+                if isinstance(module, nn.Linear) and "attn2" in name and f".{kind}." in f"{name}.":
+                    self._kinds[id(module.weight)] = kind
+        projections: Any = unet.encoder_hid_proj.image_projection_layers  # type: ignore[union-attr]
+        for projection in projections:
+            first = next(module for module in projection.modules() if isinstance(module, nn.Linear))
+            self._kinds[id(first.weight)] = "image projection"
 
-    def counting_linear(module: nn.Linear, input: Tensor) -> Tensor:
-        if module in kinds:
-            calls[kinds[module]] += 1
-        return linear(module, input)
-
-    def counting_downsample(*arguments: Any) -> Any:
-        calls["mask resize"] += 1
-        return downsample(*arguments)
-
-    def counting_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def call(module: nn.Module, *arguments: Any) -> Any:
-            calls["image projection"] += module in projections
-            return forward(module, *arguments)
-
-        return call
-
-    patches: list[Any] = [
-        mock.patch.object(nn.Linear, "forward", counting_linear),
-        mock.patch.object(IPAdapterMaskProcessor, "downsample", staticmethod(counting_downsample)),
-        *(mock.patch.object(kind, "forward", counting_forward(kind.forward)) for kind in kinds_of_projections),
-    ]
-    for patch in patches:
-        patch.start()
-    try:
-        yield calls
-    finally:
-        for patch in patches:
-            patch.stop()
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = None
+        if func is F.linear:
+            kind = self._kinds.get(id(args[1]))
+        elif func is F.interpolate and kwargs["mode"] == "bicubic":
+            kind = "mask resize"
+        if kind is not None:
+            self.calls[kind] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def measure_unet(device: torch.device, dtype: torch.dtype, steps: int, rounds: int) -> dict[str, Any]:
@@ -241,9 +224,9 @@ def measure_unet(device: torch.device, dtype: torch.dtype, steps: int, rounds: i
     row["largest difference"] = float((expected.float() - actual.float()).abs().max())
     row["calls per generation"] = {}
     for name, run in {"stock": generate, "enabled": enabled}.items():
-        with counted_calls(pipe.unet) as calls:
+        with CountedCalls(pipe.unet) as counted:
             run()
-        row["calls per generation"][name] = dict(calls)
+        row["calls per generation"][name] = counted.calls
     timings = interleaved({"stock": generate, "enabled": enabled}, device, rounds)
     row["seconds per step"] = {name: timing.median / steps for name, timing in timings.items()}
     row["peak memory"] = {"stock": peak_memory(generate, device), "enabled": peak_memory(enabled, device)}
