@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
 from torch import Tensor, nn
 
@@ -110,6 +111,29 @@ def class_patched(bench: Bench) -> None:
     unet.STOCK[kind].__call__.__signature__ = unet._Fused.__call__.__signature__
 
 
+def replaced(place: Any, name: str) -> Callable[[Bench], None]:
+    """A function of torch's or diffusers' that the call runs, or what it remembers was computed with."""
+
+    def change(bench: Bench) -> None:
+        own = vars(place).get(name)
+        function = getattr(place, name)
+
+        def twice(*arguments: Any, **options: Any) -> Tensor:
+            return function(*arguments, **options) * 2
+
+        def undo() -> None:
+            if own is None:
+                delattr(place, name)
+            else:
+                setattr(place, name, own)
+
+        bench.undo = undo
+        setattr(place, name, staticmethod(twice) if isinstance(own, staticmethod) else twice)
+
+    change.__name__ = f"{place.__name__}.{name}"
+    return change
+
+
 def keys_written_to(bench: Bench) -> None:
     bench.ready._computed[0][0].zero_()
 
@@ -175,6 +199,9 @@ CHANGES: list[Callable[[Bench], None]] = [
     changed("heads", 4), changed("residual_connection", True), changed("rescale_output_factor", 2.0),
     changed("group_norm", lambda: nn.GroupNorm(4, 64)), changed("to_q", lambda: nn.Linear(64, 64)),
     changed("to_k", lambda: nn.Linear(48, 64)),
+    replaced(nn.Linear, "forward"), replaced(nn.Linear, "__call__"), replaced(nn.Module, "__call__"),
+    replaced(nn.functional, "linear"), replaced(nn.functional, "scaled_dot_product_attention"),
+    replaced(IPAdapterMaskProcessor, "downsample"),
 ]  # fmt: skip
 
 
