@@ -1,5 +1,6 @@
 """A function of torch or diffusers replaced by one that changes its result from step to step, and counts its calls."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import ipa_kernels
 from .zoo.controls import Control
 from .zoo.generate import generate
 
-STEPS = 3
+STEPS = 2
 
 
 class Patch:
@@ -20,7 +21,7 @@ class Patch:
         self.own = getattr(place, name)
         self.place, self.name, self.monkeypatch = place, name, monkeypatch
         self.step = 0
-        self.calls = [0] * STEPS
+        self.calls: Counter[int] = Counter()
 
     def put(self) -> None:
         def patch(*arguments: Any, **options: Any) -> Any:
@@ -42,10 +43,12 @@ class Patch:
         return tensors
 
 
-def run(pipe: Any, patch: Patch, names: tuple[str, ...], control: Control | None = None) -> tuple[Tensor, list[int]]:
+def run(
+    pipe: Any, patch: Patch, names: tuple[str, ...], control: Control | None = None, steps: int = STEPS
+) -> tuple[Tensor, Counter[int]]:
     """(latents, calls of the patch in each step)."""
-    patch.step, patch.calls = 0, [0] * (STEPS + 1)
-    latents = generate(pipe, names, control, steps=STEPS, callback_on_step_end=patch.after_step)
+    patch.step, patch.calls = 0, Counter()
+    latents = generate(pipe, names, control, steps=steps, callback_on_step_end=patch.after_step)
     return latents, patch.calls
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import StableDiffusionImg2ImgPipeline
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -19,6 +20,7 @@ from ipa_kernels.integration import conditioning_cache, steps
 from ipa_kernels.testing import tiny_pipelines
 
 from .steady import no_collection, others_set_aside
+from .functions import SeenFunctions
 from .zoo.adapters import FACE_DIM, HIDDEN_TOKENS, seeded, set_face_embeddings
 from .zoo.controls import CONTROLS, Control, binary
 from .zoo.generate import FRAMES, generate, target
@@ -447,30 +449,29 @@ def test_a_prompt_changed_by_a_callback(what: str) -> None:
     assert ipa_kernels.explain(pipe).cache.hits > 0
 
 
-def count(pipe: Any, kinds: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Counts the calls of linear layers by a part of their name; not by hooks, which would stop the memory."""
-    calls = dict.fromkeys(kinds, 0)
-    forward = nn.Linear.forward
-    names = {module: kind for name, module in pipe.unet.named_modules() for kind in kinds if kind in f".{name}."}
+def count(pipe: Any, kinds: tuple[str, ...], calls: dict[str, int]) -> SeenFunctions:
+    """Counts the calls of linear layers by a part of their name."""
+    linears = ((name, module) for name, module in pipe.unet.named_modules() if isinstance(module, nn.Linear))
+    names = {id(module.weight): kind for name, module in linears for kind in kinds if kind in f".{name}."}
+    calls |= dict.fromkeys(kinds, 0)
 
-    def counting(module: nn.Linear, input: Tensor) -> Tensor:
-        if module in names:
-            calls[names[module]] += 1
-        return forward(module, input)
+    def see(function: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if function is F.linear and id(arguments[1]) in names:
+            calls[names[id(arguments[1])]] += 1
 
-    monkeypatch.setattr(nn.Linear, "forward", counting)
-    return calls
+    return SeenFunctions(see)
 
 
 # the guider of modular-pag repeats each step with the same inputs, which is taken for a new generation
 @pytest.mark.parametrize("kind", [kind for kind in BUILDERS if kind != "modular-pag"])
-def test_everything_is_computed_once_per_generation(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_computed_once_per_generation(kind: str) -> None:
     """However many steps: the keys and values of each layer, and the image tokens."""
     steps, conditions = 5, 2 if kind == "modular" else 1
     pipe = build(kind, ("base", "plus"))
     ipa_kernels.enable(target(pipe))
-    calls = count(pipe, (".attn2.to_k.", ".attn2.to_v.", ".to_k_ip.", ".to_v_ip.", ".image_projection_layers.0."), monkeypatch)
-    generate(pipe, ("base", "plus"), Control(masks=CONTROLS["mask for the last alone"].masks), steps=steps)
+    calls: dict[str, int] = {}
+    with count(pipe, (".attn2.to_k.", ".attn2.to_v.", ".to_k_ip.", ".to_v_ip.", ".image_projection_layers.0."), calls):
+        generate(pipe, ("base", "plus"), Control(masks=CONTROLS["mask for the last alone"].masks), steps=steps)
     layers = len(ipa_kernels.explain(target(pipe)).layers)
     motion = sum("motion_modules" in name and name.endswith("attn2.processor") for name in pipe.unet.attn_processors)
     text = layers * conditions + motion * steps
@@ -478,23 +479,23 @@ def test_everything_is_computed_once_per_generation(kind: str, monkeypatch: pyte
     assert list(calls.values()) == [text, text, images, images, conditions]
 
 
-def test_masks_are_resized_once_per_resolution(monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffusers.image_processor import IPAdapterMaskProcessor
-
+def test_masks_are_resized_once_per_resolution() -> None:
     sizes = []
-    downsample = IPAdapterMaskProcessor.downsample
 
-    def counting(mask: Tensor, batch: int, queries: int, channels: int) -> Tensor:
-        sizes.append(queries)
-        return downsample(mask, batch, queries, channels)
+    def see(function: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        # the UNet resizes too, in another mode
+        if function is F.interpolate and options["mode"] == "bicubic":
+            height, width = options["size"]
+            sizes.append(height * width)
 
-    monkeypatch.setattr(IPAdapterMaskProcessor, "downsample", staticmethod(counting))
     pipe = build("sd", ("base",))
-    generate(pipe, ("base",), CONTROLS["masks for two images"], steps=5)
+    with SeenFunctions(see):
+        generate(pipe, ("base",), CONTROLS["masks for two images"], steps=5)
     assert len(sizes) == 2 * 4 * 5
     sizes.clear()
     ipa_kernels.enable(pipe)
-    generate(pipe, ("base",), CONTROLS["masks for two images"], steps=5)
+    with SeenFunctions(see):
+        generate(pipe, ("base",), CONTROLS["masks for two images"], steps=5)
     assert sorted(sizes) == [16, 16, 64, 64]
 
 
@@ -680,23 +681,21 @@ def test_a_generation_within_a_generation() -> None:
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
-def test_a_row_that_is_visibly_repeated_is_projected_once_for_the_kernel(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_is_visibly_repeated_is_projected_once_for_the_kernel(impl: str) -> None:
     rows = []
-    forward = nn.Linear.forward
 
-    def counting(module: nn.Linear, input: Tensor) -> Tensor:
-        if module is scene.attention().to_k:
-            rows.append(input.shape[0])
-        return forward(module, input)
+    def see(function: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if function is F.linear and arguments[1] is scene.attention().to_k.weight:
+            rows.append(arguments[0].shape[0])
 
     scene = Scene()
     scene.text = scene.draw(1, 77, tiny_pipelines.CROSS_ATTENTION_DIM).expand(2, -1, -1)
     scene.step()
     ipa_kernels.enable(scene.unet, impl=impl)
-    monkeypatch.setattr(nn.Linear, "forward", counting)
-    scene.step()
-    scene.times = iter([900])
-    scene.step()
+    with SeenFunctions(see):
+        scene.step()
+        scene.times = iter([900])
+        scene.step()
     assert rows == ([2, 2] if impl == "eager" else [1, 1])
     stock, _, again = scene.pictures
     if impl == "eager":

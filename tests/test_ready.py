@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
 from torch import Tensor, nn
 
@@ -111,6 +112,29 @@ def class_patched(bench: Bench) -> None:
     unet.STOCK[kind].__call__.__signature__ = unet._Fused.__call__.__signature__
 
 
+def replaced(place: Any, name: str) -> Callable[[Bench], None]:
+    """A function of torch's or diffusers' that the call runs, or what it remembers was computed with."""
+
+    def change(bench: Bench) -> None:
+        own = vars(place).get(name)
+        function = getattr(place, name)
+
+        def twice(*arguments: Any, **options: Any) -> Tensor:
+            return function(*arguments, **options) * 2
+
+        def undo() -> None:
+            if own is None:
+                delattr(place, name)
+            else:
+                setattr(place, name, own)
+
+        bench.undo = undo
+        setattr(place, name, staticmethod(twice) if isinstance(own, staticmethod) else twice)
+
+    change.__name__ = f"{place.__name__}.{name}"
+    return change
+
+
 def keys_written_to(bench: Bench) -> None:
     bench.ready._computed[0][0].zero_()
 
@@ -201,6 +225,9 @@ CHANGES: list[Callable[[Bench], None]] = [
     changed("scale", torch.tensor(0.5), "a tensor"), changed("scale", torch.ones(2), "two"),
     changed("scale", np.ones(2), "an array"), changed("residual_connection", np.bool_(True), "of numpy"),
     changed("residual_connection", torch.tensor(True), "a tensor"), changed("norm_cross", np.bool_(False), "of numpy"),
+    replaced(nn.Linear, "forward"), replaced(nn.Linear, "__call__"), replaced(nn.Module, "__call__"),
+    replaced(nn.functional, "linear"), replaced(nn.functional, "scaled_dot_product_attention"),
+    replaced(IPAdapterMaskProcessor, "downsample"),
 ]  # fmt: skip
 
 
