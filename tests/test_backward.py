@@ -18,7 +18,7 @@ from ipa_kernels.kernels import launch, launch_backward, launch_table_backward
 from ipa_kernels.kernels.variant_backward import Wanted, backward_source
 from ipa_kernels.ops import support
 
-from .test_kernel import DTYPES, fresh_seed, island, random_inputs
+from .test_kernel import DTYPES, island, random_inputs
 from .test_launch import Recorder, leaves
 
 ENOUGH = 1000
@@ -205,7 +205,6 @@ def test_only_what_is_asked_for_is_computed(wrt: set[str], device: torch.device,
 
 @pytest.mark.parametrize("upstream", ["ones of one element", "every other channel", "[B, H, M, D]"])
 def test_shared_expanded_and_strided_inputs(upstream: str, device: torch.device) -> None:
-    torch.manual_seed(fresh_seed())
     # text: one row for all; image 0: one row, expanded; image 1: every other of many tokens, from a buffer of keys and values
     leaves = [
         torch.randn(3, 2, 65, 40), torch.randn(1, 2, 17, 40), torch.randn(1, 2, 17, 40),
@@ -292,7 +291,6 @@ def test_a_scale_of_zero_has_its_true_derivative(length: int, impl: str, device:
 
 
 def test_gradcheck_of_the_eager_twin() -> None:
-    torch.manual_seed(fresh_seed())
     shapes = [(2, 2, 3, 4), (2, 2, 5, 4), (1, 2, 5, 4), (1, 2, 2, 4), (2, 2, 2, 4), (2, 2, 3, 4), (2, 2, 3, 4), (2, 2), (2, 3)]
     leaves = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     leaves[7][0, 0] = 0
@@ -313,7 +311,6 @@ def test_the_same_bits_every_time(device: torch.device) -> None:
 
 
 def small(device: torch.device) -> list[Tensor]:
-    torch.manual_seed(fresh_seed())
     shapes = [(2, 2, 33, 24), (2, 2, 17, 24), (2, 2, 17, 24), (2, 2, 4, 24), (2, 2, 4, 24)]
     return [torch.randn(shape, device=device).requires_grad_() for shape in shapes]
 
