@@ -18,7 +18,7 @@ from ipa_kernels.kernels.specialization_backward import Wanted, backward_source
 from ipa_kernels.ops import dispatch
 from ipa_kernels.testing.layer_cases import Inputs
 
-from .test_kernel import DTYPES, fresh_seed, island, random_inputs
+from .test_kernel import DTYPES, island, random_inputs
 from .test_launch import Recorder, leaves
 
 ENOUGH = 1000
@@ -207,7 +207,6 @@ def test_only_what_is_asked_for_is_computed(wrt: set[str], device: torch.device,
 
 @pytest.mark.parametrize("upstream", ["ones of one element", "every other channel", "[B, H, M, D]"])
 def test_shared_expanded_and_strided_inputs(upstream: str, device: torch.device) -> None:
-    torch.manual_seed(fresh_seed())
     # text: one row for all; image 0: one row, expanded; image 1: every other of many tokens, from a buffer of keys and values
     leaves = [
         torch.randn(3, 2, 65, 40), torch.randn(1, 2, 17, 40), torch.randn(1, 2, 17, 40),
@@ -294,7 +293,6 @@ def test_a_scale_of_zero_has_its_true_derivative(length: int, impl: str, device:
 
 
 def test_gradcheck_of_the_eager_twin() -> None:
-    torch.manual_seed(fresh_seed())
     shapes = [(2, 2, 3, 4), (2, 2, 5, 4), (1, 2, 5, 4), (1, 2, 2, 4), (2, 2, 2, 4), (2, 2, 3, 4), (2, 2, 3, 4), (2, 2), (2, 3)]
     leaves = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     leaves[7][0, 0] = 0
@@ -315,7 +313,6 @@ def test_the_same_bits_every_time(device: torch.device) -> None:
 
 
 def small(device: torch.device) -> list[Tensor]:
-    torch.manual_seed(fresh_seed())
     shapes = [(2, 2, 33, 24), (2, 2, 17, 24), (2, 2, 17, 24), (2, 2, 4, 24), (2, 2, 4, 24)]
     return [torch.randn(shape, device=device).requires_grad_() for shape in shapes]
 

@@ -19,8 +19,8 @@ import ipa_kernels
 from ipa_kernels.integration import conditioning_cache, steps
 from ipa_kernels.testing import tiny_pipelines
 
-from .steady import no_collection, others_set_aside
 from .functions import SeenFunctions
+from .steady import no_collection, others_set_aside
 from .zoo.adapters import FACE_DIM, HIDDEN_TOKENS, seeded, set_face_embeddings
 from .zoo.controls import CONTROLS, Control, binary
 from .zoo.generate import FRAMES, generate, target

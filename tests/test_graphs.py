@@ -214,7 +214,7 @@ def test_what_cannot_be_captured_runs_and_says_why() -> None:
     assert "graphs: 0 captured, 0 replays; last step not replayed: device cpu" in str(ipa_kernels.explain(graphed))
 
 
-@pytest.mark.parametrize("scale", [torch.tensor(0.3), [0.3, 0.4]], ids=["tensor", "list"])
+@pytest.mark.parametrize("scale", [torch.tensor([0.3]), [0.3, 0.4]], ids=["tensor", "list"])
 def test_scales_that_are_no_data_are_not_replayed(scale: Any, recorded: list[Recorder]) -> None:
     graphed, twin = pair(names=("base",))
     as_stock(graphed, twin, ("base",), Control())
@@ -230,9 +230,10 @@ def test_scales_that_are_no_data_are_not_replayed(scale: Any, recorded: list[Rec
     assert runs(recorded) == [3]
 
 
-def test_numbers_of_numpy_are_data(recorded: list[Recorder]) -> None:
+def test_numbers_of_numpy_and_tensors_are_data(recorded: list[Recorder]) -> None:
     graphed, twin = pair(names=("base",))
-    for scale in np.linspace(0, 1, 4):
+    written = torch.tensor(0.8)
+    for scale in (*np.linspace(0, 1, 4), np.bool_(True), torch.tensor(0.3), written, written.mul_(0.5)):
         as_stock(graphed, twin, ("base",), Control(scales=lambda n, scale=scale: scale))
     assert len(recorded) == 1
 

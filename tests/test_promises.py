@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import ipa_kernels
-from ipa_kernels import scales
+from ipa_kernels.integration import scale_table
 
 from .zoo.generate import generate
 from .zoo.pipelines import build
@@ -68,12 +68,12 @@ def test_eager_steps_pay_nothing_for_graphs(monkeypatch: pytest.MonkeyPatch) -> 
     pipe = build("sd", ("base",))
     ipa_kernels.enable(pipe)
     calls: list[Any] = []
-    follow = scales.Table.follow
+    follow = scale_table.Table.follow
 
     def counted(self: Any, *arguments: Any) -> None:
         calls.append(arguments)
         follow(self, *arguments)
 
-    monkeypatch.setattr(scales.Table, "follow", counted)
+    monkeypatch.setattr(scale_table.Table, "follow", counted)
     generate(pipe, ("base",), steps=3)
     assert len(calls) == 0

@@ -24,7 +24,6 @@ class Bench:
     """A layer with two adapters in the middle of a generation."""
 
     def __init__(self, *, masked: bool = False, impl: str = "eager") -> None:
-        torch.manual_seed(torch.seed() % 2**31)
         self.attention = Attention(64, cross_attention_dim=48, heads=2, dim_head=32).eval()
         self.processor = IPAdapterAttnProcessor2_0(64, 48, [4, 4], [0.6, 0.8])
         self.attention.set_processor(self.processor)
