@@ -111,6 +111,16 @@ def test_the_table_of_the_code_has_every_room_once() -> None:
     assert sorted(named) == sorted(files | folders)
 
 
+def test_what_is_detected_is_tested() -> None:
+    """Each line of the table in docs/exact.md names a test that there is."""
+    table = sections(ROOT / "docs" / "exact.md")["What is detected, and what is not"]
+    named = re.findall(r"`(test_\w+)::(test_\w+)` \|$", table, re.MULTILINE)
+    assert len(named) == len(re.findall(r"^\| (?!---|changed by)", table, re.MULTILINE)) > 20
+    for file, test in named:
+        (path,) = (ROOT / "tests").rglob(f"{file}.py")
+        assert f"def {test}(" in path.read_text(encoding="utf-8"), (file, test)
+
+
 def test_pages_are_short() -> None:
     assert {page_name(page): n for page in pages() if (n := len(page.read_text(encoding="utf-8").splitlines())) > 160} == {}
 
