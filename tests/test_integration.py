@@ -17,7 +17,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IP
 
 import ipa_kernels
 from ipa_kernels import Report, UnsupportedError
-from ipa_kernels.integration import api
+from ipa_kernels.integration.processors import unet as families
 from ipa_kernels.kernels import launch as kernel
 from ipa_kernels.report import FallbackWarning
 
@@ -169,7 +169,6 @@ def test_demanding_the_kernel_never_falls_back_in_a_call() -> None:
 def test_a_failure_halfway_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = build("sd", ("base",))
     before = classes(pipe)
-    families = api._families()
     install = families.install
     calls = iter(range(100))
 
@@ -191,7 +190,7 @@ def test_a_failure_of_the_report_is_rolled_back(monkeypatch: pytest.MonkeyPatch)
 
     pipe = build("sd", ("base",))
     ipa_kernels.enable(enabled := build("sd", ("base",)), impl="eager")
-    monkeypatch.setattr(api._families(), "layer_plan", fail)
+    monkeypatch.setattr(families, "layer_plan", fail)
     for target in (pipe, enabled):
         with pytest.raises(RuntimeError, match="went away"):
             ipa_kernels.enable(target)

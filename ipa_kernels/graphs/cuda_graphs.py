@@ -7,17 +7,21 @@ a kernel. It is replayed only while everything that went into it is as it was (`
 import operator
 import types
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..integration.api import enable, explain, unet_of, watch_module
+from ..integration.api import enable, explain, unet_of
 from ..integration.fingerprint import Fingerprint, hooked, replaced
 from ..ops import UnsupportedError
 from ..report import GraphReport, Report
 from .unet_call import Call, is_tensor
+
+if TYPE_CHECKING:
+    from ..integration.hooks import Watch
+    from ..integration.static_storage import Buffers
 
 GRAPHS = 8
 """The most shapes of steps that are captured for one UNet."""
@@ -44,22 +48,24 @@ def graphed(target: Any) -> Report:
         ImportError: diffusers cannot be imported.
     """
     unet = unet_of(target)
-    watch = watch_module()
+    from ..integration import hooks
+
     own = vars(unet).get("forward")
-    if own is not None and getattr(own, "__func__", None) is not watch.forward:
+    if own is not None and getattr(own, "__func__", None) is not hooks.forward:
         raise ValueError(
             "target: expected a UNet whose weights stay on the GPU, got one with a forward of its own (offloading installs "
             "one); a graph reads weights where they were when it was captured"
         )
-    if watch.of(unet) is None:
+    if hooks.of(unet) is None:
         report = enable(target)
         if not report.enabled:
             return report
-    state = watch.of(unet)
-    with watch.SWITCH:
+    state = hooks.of(unet)
+    assert state is not None, "it was enabled"
+    with hooks.SWITCH:
         if state.graphs is None:
             state.graphs = Graphs()
-            vars(unet)["forward"] = types.MethodType(watch.forward, unet)
+            vars(unet)["forward"] = types.MethodType(hooks.forward, unet)
     return explain(target)
 
 
@@ -73,10 +79,10 @@ class Captured(NamedTuple):
     inputs: list[Tensor]
     outputs: Any
     fingerprint: Fingerprint
-    buffers: Any
+    buffers: "Buffers | None"
     tables: list[Tensor]
 
-    def addresses_are_still(self, state: Any) -> bool:
+    def addresses_are_still(self, state: "Watch") -> bool:
         """Whether all that it reads is where it was."""
         if self.buffers is not state.buffers or not self.fingerprint.addresses_are_still():
             return False
@@ -130,7 +136,7 @@ class Graphs:
         return isinstance(device, torch.device) and device.type == "cuda"
 
     def step(
-        self, state: Any, unet: Any, forward: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
+        self, state: "Watch", unet: Any, forward: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> Any:
         """Run a step, in a graph where there is one or will be."""
         call = Call(state, unet, forward, arguments, options)
@@ -260,5 +266,5 @@ def _replaced_function(call: Call) -> str | None:
     return replaced_function(call.masks is not None)
 
 
-def _tables(state: Any) -> list[Tensor]:
+def _tables(state: "Watch") -> list[Tensor]:
     return [layer.table.tensor for layer in state.layers()]

@@ -1,7 +1,7 @@
 """A call of a UNet's forward, as `graphed` sees it: what in it is data of a graph, and what a graph is only valid for."""
 
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,11 +10,14 @@ from torch.utils import _pytree as pytree
 from ..integration import steps
 from ..ops.dispatch import allows_tf32
 
+if TYPE_CHECKING:
+    from ..integration.hooks import Watch
+
 
 class Call(NamedTuple):
     """Of a step that has begun. state: the `Watch` of the UNet; forward: the UNet's own."""
 
-    state: Any
+    state: "Watch"
     unet: Any
     forward: Callable[..., Any]
     arguments: tuple[Any, ...]

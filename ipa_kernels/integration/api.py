@@ -7,8 +7,7 @@ each module of an IP-Adapter another class (`processors`).
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,7 +15,10 @@ from torch import nn
 from ..ops.api import UnsupportedError, check_impl
 from ..report import CacheReport, LayerReport, Report, plural
 from .conditioning_cache import Memory
-from .state import Session, layer_of
+from .state import layer_of
+
+if TYPE_CHECKING:
+    from .hooks import Options, Watch
 
 OFF = "IPA_KERNELS_DISABLE"
 
@@ -52,11 +54,12 @@ def enable(target: Any, *, impl: str = "auto", cache: bool = True) -> Report:
         report = explain(target)
         report.note = f"{OFF}=1 in the environment: enable did nothing; unset it"
         return report
-    hooks = watch_module()
-    with hooks.SWITCH:
-        options = hooks.Options(impl, cache)
-        report = _switch_on(unet, type(target).__name__, options)
-        hooks.of(unet).base = options
+    from .hooks import SWITCH, Options
+
+    with SWITCH:
+        options = Options(impl, cache)
+        report, state = _switch_on(unet, type(target).__name__, options)
+        state.base = options
     return report
 
 
@@ -66,9 +69,10 @@ def disable(target: Any) -> None:
     Raises TypeError for a target of a kind that is not known, ImportError without diffusers.
     """
     unet = unet_of(target)
-    hooks = watch_module()
-    with hooks.SWITCH:
-        found = hooks.of(unet)
+    from .hooks import SWITCH, of
+
+    with SWITCH:
+        found = of(unet)
         if found is None:
             return
         found.detach(unet)
@@ -84,7 +88,8 @@ def accelerated(target: Any, *, impl: str = "auto", cache: bool = True) -> Itera
     Blocks may overlap, in one thread or several: the UNet stays enabled until the last one ends.
     """
     unet = unet_of(target)
-    hooks = watch_module()
+    from .hooks import SWITCH, Options, of
+
     if os.environ.get(OFF) == "1":
         report = enable(target, impl=impl, cache=cache)
         try:
@@ -93,26 +98,27 @@ def accelerated(target: Any, *, impl: str = "auto", cache: bool = True) -> Itera
             vars(report).update(vars(_report(unet, report.target)) | {"note": report.note})
         return
     check_impl(impl)
-    block = [hooks.Options(impl, cache)]
-    with hooks.SWITCH:
-        found = hooks.of(unet)
+    block = [Options(impl, cache)]
+    with SWITCH:
+        found = of(unet)
         base = None if found is None else found.base
-        report = _switch_on(unet, type(target).__name__, block[0])
-        hooks.of(unet).blocks.append(block)
+        report, state = _switch_on(unet, type(target).__name__, block[0])
+        state.blocks.append(block)
     try:
         yield report
     finally:
         try:
             vars(report).update(vars(_report(unet, report.target)))
         finally:
-            with hooks.SWITCH:
+            with SWITCH:
                 _end_block(unet, block, base)
 
 
-def _end_block(unet: Any, block: Any, base: Any) -> None:
+def _end_block(unet: Any, block: "list[Options]", base: "Options | None") -> None:
     """Bring back what an `accelerated` block found, or what another block that is still open asks for."""
-    hooks = watch_module()
-    found = hooks.of(unet)
+    from .hooks import of
+
+    found = of(unet)
     if found is None:
         # disabled inside the block
         if base is not None:
@@ -128,13 +134,14 @@ def _end_block(unet: Any, block: Any, base: Any) -> None:
         found.session.impl, found.session.cache = options
 
 
-def _switch_on(unet: Any, target: str, options: Any) -> Report:
+def _switch_on(unet: Any, target: str, options: "Options") -> "tuple[Report, Watch]":
     """What `enable` and `accelerated` share; whatever is raised, the UNet is as before."""
-    hooks = watch_module()
+    from .hooks import Watch, of
+
     if options.impl == "triton":
         _demand_kernel(unet)
-    found = hooks.of(unet)
-    state = found or hooks.Watch(unet)
+    found = of(unet)
+    state = found or Watch(unet)
     session = state.session
     before = session.impl, session.cache
     undo: list[Callable[[], None]] = []
@@ -145,7 +152,7 @@ def _switch_on(unet: Any, target: str, options: Any) -> Report:
         report = _report(unet, target)
         session.memory = Memory()
         report.cache, report.cache_reason = CacheReport(), _cache_reason(state)
-        return report
+        return report, state
     except BaseException:
         session.impl, session.cache = before
         for revert in reversed(undo):
@@ -164,14 +171,17 @@ def explain(target: Any) -> Report:
 
 
 def _report(unet: Any, target: str) -> Report:
-    families = _families()
-    hooks = watch_module()
-    state = hooks.of(unet)
+    from .attention_layers import adapter_layers
+    from .hooks import of
+    from .image_projection import unkept_reasons
+    from .processors import unet as families
+
+    state = of(unet)
     impl = state.session.impl if state is not None else "auto"
     device, dtype = execution_device(unet), unet.dtype
     layers = []
     switch = f"unset {OFF}" if os.environ.get(OFF) == "1" else "call ipa_kernels.enable"
-    for name, attention in hooks.attention_layers.adapter_layers(unet):
+    for name, attention in adapter_layers(unet):
         processor = attention.processor
         planned, reasons = families.layer_plan(attention, processor, impl, device, dtype)
         layer = layer_of(processor)
@@ -188,7 +198,7 @@ def _report(unet: Any, target: str) -> Report:
     if state is not None and not layers:
         note = "no IP-Adapter is loaded: one that is loaded later is taken over on the next step"
     elif state is not None and state.session.cache:
-        note = "\n  ".join(hooks.image_projection.unkept_reasons(unet))
+        note = "\n  ".join(unkept_reasons(unet))
     memory = None if state is None else state.session.memory
     # read once: another thread may `disable`
     graphs, buffers = (None, None) if state is None else (state.graphs, state.buffers)
@@ -206,11 +216,10 @@ def _report(unet: Any, target: str) -> Report:
     )
 
 
-def _cache_reason(state: Any) -> str:
+def _cache_reason(state: "Watch | None") -> str:
     if state is None:
         return ""
-    session: Session = state.session
-    return session.memory.reason if session.cache else "cache=False"
+    return state.session.memory.reason if state.session.cache else "cache=False"
 
 
 def clear_cache(target: Any) -> None:
@@ -218,33 +227,28 @@ def clear_cache(target: Any) -> None:
 
     Raises TypeError for a target of a kind that is not known, ImportError without diffusers.
     """
-    state = watch_module().of(unet_of(target))
+    unet = unet_of(target)
+    from .hooks import of
+
+    state = of(unet)
     if state is not None:
         state.session.memory = Memory()
         state.drop_buffers()
 
 
-def _families() -> ModuleType:
+def _require_diffusers() -> None:
     try:
-        from .processors import unet
+        from . import hooks as hooks
     except ImportError as error:
         raise ImportError(
             f"diffusers: cannot be imported ({error}); it is missing, broken or older than 0.35.2, the oldest that was run: "
             "pip install 'ipa-kernels[diffusers]' installs or upgrades it"
         ) from error
-    return unet
-
-
-def watch_module() -> ModuleType:
-    _families()
-    from . import hooks
-
-    return hooks
 
 
 def unet_of(target: Any) -> Any:
     """The UNet of a pipeline, a compiled UNet's original, or the UNet itself."""
-    _families()
+    _require_diffusers()
     from diffusers import UNet2DConditionModel, UNetMotionModel
 
     given = target if isinstance(target, nn.Module) else getattr(target, "unet", None)
@@ -280,10 +284,12 @@ def execution_device(unet: Any) -> torch.device:
 
 
 def _demand_kernel(unet: Any) -> None:
-    families = _families()
+    from .attention_layers import adapter_layers
+    from .processors import unet as families
+
     device, dtype = execution_device(unet), unet.dtype
     refused: dict[str, list[str]] = {}
-    for name, attention in watch_module().attention_layers.adapter_layers(unet):
+    for name, attention in adapter_layers(unet):
         _, reasons = families.layer_plan(attention, attention.processor, "triton", device, dtype)
         for reason in reasons:
             refused.setdefault(reason, []).append(name)

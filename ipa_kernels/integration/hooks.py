@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, MethodType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,11 @@ from torch._dynamo.decorators import disable
 from torch._dynamo.eval_frame import skip_code
 
 from ..ops import UnsupportedError
+from ..report import GraphReport
 from . import attention_layers, image_projection, steps
 from .eligibility import expects_adapter, foreign_reason
 from .processors import unet as families
-from .state import Session, layer_of
+from .state import Layer, Session, layer_of
 from .static_storage import Buffers, Inputs
 from .step_lock import Turn
 
@@ -32,6 +33,25 @@ class Options(NamedTuple):
 
     impl: str = "auto"
     cache: bool = True
+
+
+class Graphs(Protocol):
+    """The graphs of a UNet (`ipa_kernels.graphs`, which is above)."""
+
+    @staticmethod
+    def takes(device: Any) -> bool:
+        """Whether steps on a device can be captured."""
+
+    def step(
+        self, state: "Watch", unet: Any, forward: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        """Run a step, in a graph where there is one or will be."""
+
+    def report(self) -> GraphReport:
+        """What was captured and replayed."""
+
+    def drop(self) -> None:
+        """Forget every graph."""
 
 
 class Watch:
@@ -51,7 +71,7 @@ class Watch:
         self.blocks: list[list[Options]] = []
         self.handles: list[Any] = []
         self.buffers: Buffers | None = None
-        self.graphs: Any = None
+        self.graphs: Graphs | None = None
         self.turn = Turn()
         self.unread = ""
         self.steps: list[steps.Step] = []
@@ -178,7 +198,7 @@ class Watch:
                 layer.table.follow(vars(attention.processor).get("scale"), masks, sample.device)
         self.session.is_stepping = True
 
-    def layers(self) -> list[Any]:
+    def layers(self) -> list[Layer]:
         """What the processors that were taken over remember, in the order of the modules."""
         found = (layer_of(attention.processor) for attention in self.places.attentions.values())
         return [layer for layer in found if layer is not None]
@@ -299,15 +319,15 @@ class Watch:
 def forward(unet: Any, *arguments: Any, **options: Any) -> Any:
     """In the place of a UNet's own, while it is graphed. A copy of the UNet has a copy; a pickle of it has the UNet's own."""
     state, run = of(unet), MethodType(type(unet).forward, unet)
-    # read once: another thread may `disable`
-    graphs = None if state is None else state.graphs
-    if graphs is None or torch.compiler.is_compiling():
+    if state is None or torch.compiler.is_compiling():
         return run(*arguments, **options)
-    return graphs.step(state, unet, run, arguments, options)
+    # read once: another thread may `disable`
+    graphs = state.graphs
+    return run(*arguments, **options) if graphs is None else graphs.step(state, unet, run, arguments, options)
 
 
-def of(unet: nn.Module) -> Any:
-    """The `Watch` of a UNet, or None where it is not enabled."""
+def of(unet: nn.Module) -> Watch | None:
+    """None where a UNet is not enabled."""
     return vars(unet).get(_STATE)
 
 

@@ -4,7 +4,7 @@ import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,7 +12,10 @@ from torch.utils import _pytree as pytree
 
 from ..report import Report
 from . import steps
-from .api import OFF, disable, enable, execution_device, explain, unet_of, watch_module
+from .api import OFF, disable, enable, execution_device, explain, unet_of
+
+if TYPE_CHECKING:
+    from .hooks import Watch
 
 _ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -52,15 +55,18 @@ def prepare(pipe: Any, **arguments: Any) -> Report:
     _check_names(pipe, arguments)
     if os.environ.get(OFF) == "1":
         return enable(pipe)
-    watch = watch_module()
-    if not watch.attention_layers.is_loaded(unet):
+    from .attention_layers import is_loaded
+    from .hooks import SWITCH, of
+
+    if not is_loaded(unet):
         raise ValueError("pipe: expected a pipeline with an IP-Adapter, got one without; load_ip_adapter comes first")
-    was_enabled = watch.of(unet) is not None
+    was_enabled = of(unet) is not None
     if not was_enabled:
         enable(pipe)
-    state = watch.of(unet)
+    state = of(unet)
+    assert state is not None, "it was enabled"
     try:
-        with watch.SWITCH:
+        with SWITCH:
             state.install_new(unet, [])
         with torch.no_grad(), _left_alone(pipe, unet, arguments.get("generator")):
             given, options = steps.first(lambda: pipe(**arguments))
@@ -81,13 +87,14 @@ def _check_names(pipe: Any, arguments: dict[str, Any]) -> None:
             raise TypeError(f"{name}: expected an argument of {kind.__name__}.__call__, got a name that it does not have")
 
 
-def _fill(state: Any, unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+def _fill(state: "Watch", unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
     """New buffers, or those that are there with new contents; then the kernels."""
-    watch = watch_module()
+    from .static_storage import Buffers, Inputs
+
     step = steps.named(given, options)
-    inputs = watch.Inputs.of(step)
+    inputs = Inputs.of(step)
     if inputs is None:
-        raise ValueError(watch.Inputs.refusal(step))
+        raise ValueError(Inputs.refusal(step))
     stream = steps.stream_of(inputs.sample)
     state.turn.take()
     before = buffers = state.buffers
@@ -101,7 +108,7 @@ def _fill(state: Any, unet: Any, given: tuple[Any, ...], options: dict[str, Any]
             buffers.refill(inputs)
             state.unread = ""
         else:
-            buffers = watch.Buffers(unet, state.places, inputs)
+            buffers = Buffers(unet, state.places, inputs)
             state.put_buffers(buffers)
         buffers.end(stream)
         _compile(state, unet, given, options)
@@ -113,7 +120,7 @@ def _fill(state: Any, unet: Any, given: tuple[Any, ...], options: dict[str, Any]
         state.turn.give()
 
 
-def _compile(state: Any, unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+def _compile(state: "Watch", unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
     """The kernels of a step as eager calls run it, and as graphs do: they differ where a scale is 0."""
     if steps.named(given, options)["sample"].device.type != "cuda":
         return

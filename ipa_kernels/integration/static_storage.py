@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo import mark_static_address
 
 from . import image_projection
+from .attention_layers import Places
 from .guards import Snapshot, State, is_plain
 from .processors import branches
 from .state import Held, Layer, layer_of
@@ -77,7 +78,7 @@ class Buffers:
     where weights are.
     """
 
-    def __init__(self, unet: Any, places: Any, inputs: Inputs) -> None:
+    def __init__(self, unet: Any, places: Places, inputs: Inputs) -> None:
         self._unet = unet
         self._places = places
         self._layers = list(_layers(places))
@@ -232,7 +233,7 @@ class Buffers:
         return image_projection.state_with_ours(modules)
 
 
-def _layers(places: Any) -> Iterator[tuple[Any, Any, Layer]]:
+def _layers(places: Places) -> Iterator[tuple[Any, Any, Layer]]:
     """(attention, processor, layer) of everything that was taken over."""
     for attention in places.attentions.values():
         layer = layer_of(attention.processor)
