@@ -37,7 +37,7 @@ from ipa_kernels.benchmarking.machine import machine_facts
 from ipa_kernels.benchmarking.timing import interleaved
 from ipa_kernels.integration.conditioning_cache import Memory
 from ipa_kernels.integration.processors import unet as processors
-from ipa_kernels.integration.state import Session
+from ipa_kernels.integration.state import ModelContext
 from ipa_kernels.report import plural
 from ipa_kernels.testing import tiny_pipelines
 
@@ -105,13 +105,13 @@ class Layer:
     @contextmanager
     def enabled(self, impl: str) -> Iterator[Memory]:
         """In the middle of a generation of an enabled UNet, after its first step; what it remembers."""
-        session = Session(impl, cache=True)
-        processors.install(self.attention.processor, "layer", session, [])
-        session.memory.enter(999, ())
+        context = ModelContext(impl, cache=True)
+        processors.install(self.attention.processor, "layer", context, [])
+        context.memory.enter(999, ())
         try:
-            yield session.memory
+            yield context.memory
         finally:
-            session.memory.leave()
+            context.memory.leave()
             processors.uninstall(self.attention.processor)
 
 

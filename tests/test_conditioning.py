@@ -509,7 +509,7 @@ def test_nothing_is_left_of_a_hundred_generations() -> None:
         generate(pipe, ("base", "plus"), control, size=(8, 12)[i % 2], seed=i)
         # the pipeline itself keeps the masks of its last call
         assert (ipa_kernels.explain(pipe).cache.bytes > 0) == (control.masks is not None)
-        assert len(pipe.unet._ipa_kernels.session.memory._sources) <= 2
+        assert len(pipe.unet._ipa_kernels.context.memory._sources) <= 2
         if i % 20 == 19:
             gc.collect()
             left.append(sum(type(thing) is Tensor for thing in gc.get_objects()))
@@ -526,7 +526,7 @@ def test_clear_cache_and_disable_drop_what_a_loop_keeps_alive() -> None:
     assert tuple(ipa_kernels.explain(scene.unet).cache) == (0, 0, 0)
     scene.step()
     assert ipa_kernels.explain(scene.unet).cache.misses > 0
-    memory = scene.unet._ipa_kernels.session.memory
+    memory = scene.unet._ipa_kernels.context.memory
     ipa_kernels.disable(scene.unet)
     assert memory.bytes == 0
 
@@ -538,7 +538,7 @@ def test_what_is_dropped_is_freed_at_once(function: Callable[[nn.Module], object
     ipa_kernels.enable(scene.unet)
     scene.step()
     scene.step()
-    sources = scene.unet._ipa_kernels.session.memory._sources.values()
+    sources = scene.unet._ipa_kernels.context.memory._sources.values()
     values = [weakref.ref(tensor) for source in sources for value in source.values.values() for tensor in value.tensors()]
     assert len(values) > 2
     del sources

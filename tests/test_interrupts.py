@@ -124,7 +124,7 @@ def test_a_step_of_another_thread_reads_what_was_prepared(when: str) -> None:
     def look(*arguments: Any) -> None:
         begun.set()
         go_on.wait(20)
-        seen.append(state.session.is_prepared)
+        seen.append(state.context.is_prepared)
 
     handle = pipe.unet.conv_in.register_forward_hook(look)
     found: list[Tensor] = []

@@ -587,13 +587,13 @@ def test_blocks_that_overlap() -> None:
     second.__enter__()
     first.__exit__(None, None, None)
     assert ipa_kernels.explain(pipe).impl == "eager"
-    assert not pipe.unet._ipa_kernels.session.cache
+    assert not pipe.unet._ipa_kernels.context.cache
     second.__exit__(None, None, None)
     assert not traces(pipe.unet)
     ipa_kernels.enable(pipe, impl="eager", cache=False)
     with ipa_kernels.accelerated(pipe):
         pass
-    assert not pipe.unet._ipa_kernels.session.cache, "the options come back"
+    assert not pipe.unet._ipa_kernels.context.cache, "the options come back"
 
 
 def test_a_block_that_is_replaced_is_taken_over_and_the_old_one_is_freed() -> None:

@@ -131,7 +131,7 @@ def pair() -> tuple[Any, Any]:
 
 def reads_nothing(pipe: Any) -> None:
     """The buffers are not read; `explain` says why not, and `prepare` refuses."""
-    assert not hooks.of(pipe.unet).session.is_prepared
+    assert not hooks.of(pipe.unet).context.is_prepared
     assert "not torch's or diffusers' own" in ipa_kernels.explain(pipe).prepared_reason
     assert ipa_kernels.explain(pipe).prepared_reason in str(ipa_kernels.explain(pipe))
     ipa_kernels.clear_cache(pipe)
@@ -193,7 +193,7 @@ def test_what_is_torchs_and_diffusers_own_is_no_obstacle(kind: str) -> None:
     pipe.unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
     prepare(pipe, NAMES)
     pipe.unet.mid_block.compile(backend="eager")
-    assert hooks.of(pipe.unet).places.obstacle(pipe.unet) is None
+    assert hooks.of(pipe.unet).attention_layers.obstacle(pipe.unet) is None
 
 
 def test_a_subclass_that_changes_nothing_is_no_obstacle() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 import ipa_kernels
 from ipa_kernels.graphs import cuda_graphs
 from ipa_kernels.integration import hooks, preparation, scale_table, steps
-from ipa_kernels.integration.state import is_recorded
+from ipa_kernels.integration.state import is_traced_or_captured
 from ipa_kernels.integration.static_storage import Buffers
 
 from .steady import NEVER
@@ -420,7 +420,7 @@ def test_an_interrupt_while_a_step_waits(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(state.turn, "take", interrupt)
     with pytest.raises(KeyboardInterrupt):
         generate(pipe, ("base",))
-    assert (state.steps, state.session.is_stepping) == ([], False)
+    assert (state.steps, state.context.is_stepping) == ([], False)
 
 
 def test_a_copy_that_is_made_in_a_step_runs_none() -> None:
@@ -477,9 +477,9 @@ def test_another_thread_runs_as_ever_while_a_graph_is_recorded() -> None:
             pass
         recording.set()
         thread.join()
-        assert is_recorded(state.session)
+        assert is_traced_or_captured(state.context)
     handle.remove()
-    assert not is_recorded(state.session)
+    assert not is_traced_or_captured(state.context)
     assert same(found[0], expected)
 
 
@@ -519,7 +519,7 @@ def test_what_graphs_read_is_written_after_all_steps_on_other_streams(monkeypatc
 
         monkeypatch.setattr(kind, name, checked)
 
-    watched(scale_table.Table, "follow")
+    watched(scale_table.ScaleTable, "update")
     watched(Buffers, "_fill")
     pipe.unet.conv_out.register_forward_hook(run)
     other = Control(images=2)

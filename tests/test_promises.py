@@ -68,12 +68,12 @@ def test_eager_steps_pay_nothing_for_graphs(monkeypatch: pytest.MonkeyPatch) -> 
     pipe = build("sd", ("base",))
     ipa_kernels.enable(pipe)
     calls: list[Any] = []
-    follow = scale_table.Table.follow
+    update = scale_table.ScaleTable.update
 
     def counted(self: Any, *arguments: Any) -> None:
         calls.append(arguments)
-        follow(self, *arguments)
+        update(self, *arguments)
 
-    monkeypatch.setattr(scale_table.Table, "follow", counted)
+    monkeypatch.setattr(scale_table.ScaleTable, "update", counted)
     generate(pipe, ("base",), steps=3)
     assert len(calls) == 0

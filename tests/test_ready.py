@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks import host
 from ipa_kernels.integration.processors import branches, unet
-from ipa_kernels.integration.state import Session
+from ipa_kernels.integration.state import ModelContext
 from ipa_kernels.kernels.launch import Launch
 
 from .steady import no_collection
@@ -33,10 +33,10 @@ class Bench:
         self.options: dict[str, Any] = {}
         if masked:
             self.options["ip_adapter_masks"] = [torch.rand(1, 1, 16, 16), torch.rand(1, 2, 16, 16)]
-        self.session = Session(impl, cache=True)
-        unet.install(self.processor, "layer", self.session, [])
+        self.context = ModelContext(impl, cache=True)
+        unet.install(self.processor, "layer", self.context, [])
         with torch.no_grad():
-            self.session.memory.enter(999, ())
+            self.context.memory.enter(999, ())
 
     def __call__(self) -> Tensor:
         return self.attention(self.hidden, encoder_hidden_states=(self.text, self.images), **self.options)
@@ -51,7 +51,7 @@ class Bench:
 
     @property
     def ready(self) -> Any:
-        return self.session.memory.call(self.text, (self.processor._ipa_layer, id(self.attention)))
+        return self.context.memory.call(self.text, (self.processor._ipa_layer, id(self.attention)))
 
 
 @pytest.fixture(params=[False, True], ids=["unmasked", "masked"])
@@ -62,16 +62,16 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
         assert bench.ready is not None
         assert torch.equal(bench(), bench.stock())
         yield bench
-    bench.session.memory.leave()
+    bench.context.memory.leave()
 
 
 def test_a_later_call_prepares_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    for place, name in ((branches, "problem"), (unet, "choose"), (unet, "unusual")):
+    for place, name in ((branches, "problem"), (unet, "choose"), (unet, "stock_reasons")):
         monkeypatch.setattr(place, name, lambda *arguments, name=name: pytest.fail(f"{name} in a later call"))
-    before = bench.session.memory.misses
+    before = bench.context.memory.misses
     bench.hidden = torch.randn_like(bench.hidden)
     assert torch.equal(bench(), bench.stock())
-    assert bench.session.memory.misses == before
+    assert bench.context.memory.misses == before
     assert bench.processor._ipa_layer.calls == 3
 
 
@@ -307,7 +307,7 @@ def test_a_processor_in_two_attentions(bench: Bench) -> None:
 
 
 def test_another_impl_in_the_middle(bench: Bench) -> None:
-    bench.session.impl = "auto"
+    bench.context.impl = "auto"
     assert torch.equal(bench(), bench.stock())
     assert "Triton's interpreter" in bench.processor._ipa_layer.reason
 
@@ -344,7 +344,7 @@ def test_a_write_while_the_first_call_computes(what: str, monkeypatch: pytest.Mo
         bench()
         for _ in range(3):
             assert torch.equal(bench(), bench.stock())
-    bench.session.memory.leave()
+    bench.context.memory.leave()
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
@@ -362,40 +362,40 @@ def test_a_query_of_another_shape_is_refused_as_by_stock(impl: str, monkeypatch:
             for other in (query[:, :32], torch.cat([query, query], 1)):
                 with pytest.raises(ValueError, match="that the launch was made for"):
                     bench.ready.attend(other)
-    bench.session.memory.leave()
+    bench.context.memory.leave()
 
 
 def test_what_is_ready_keeps_nothing_alive(bench: Bench) -> None:
     """The prompt lives on; its images, masks and layer do not, at once and without a collection of cycles."""
     held = [weakref.ref(tensor) for tensor, _ in bench.ready._computed]
     gone = [weakref.ref(module) for module in (bench.attention, bench.processor, bench.processor.to_k_ip[0])]
-    session, text = bench.session, bench.text
+    context, text = bench.context, bench.text
     with no_collection():
         bench.images, bench.options = [], {}
         alive = [reference for reference in held if reference() is not None]
         assert len(alive) == 2, "the keys and values of the text"
-        assert session.memory.bytes == sum(reference().numel() * 4 for reference in alive)
+        assert context.memory.bytes == sum(reference().numel() * 4 for reference in alive)
         bench.attention = bench.processor = None
         assert [reference() for reference in gone] == [None] * 3
         assert text is bench.text
-        session.memory.forget()
+        context.memory.forget()
         assert all(reference() is None for reference in held)
 
 
 def test_a_new_session_starts_anew(bench: Bench) -> None:
-    session = Session("eager", cache=True)
-    unet.install(bench.processor, "layer", session, [])
+    context = ModelContext("eager", cache=True)
+    unet.install(bench.processor, "layer", context, [])
     assert bench.ready is None
     assert torch.equal(bench(), bench.stock())
 
 
 def test_what_is_ready_dies_with_the_prompt(bench: Bench) -> None:
-    assert bench.session.memory.bytes > 0
+    assert bench.context.memory.bytes > 0
     bench.text = torch.randn(2, 7, 48)
     bench.images = []
     # masks are the caller's, and live on: a row of 64 queries for each of three images
-    assert bench.session.memory.bytes == (3 * 64 * 4 if bench.options else 0)
-    assert not any(source.calls for source in bench.session.memory._sources.values())
+    assert bench.context.memory.bytes == (3 * 64 * 4 if bench.options else 0)
+    assert not any(source.calls for source in bench.context.memory._sources.values())
 
 
 def functions_called(run: Callable[[], object]) -> int:
@@ -428,6 +428,6 @@ def test_what_a_later_call_does_on_the_host(masked: bool, monkeypatch: pytest.Mo
         first = functions_called(bench)
         bench()
         later, stock = functions_called(bench), functions_called(bench.stock)
-    bench.session.memory.leave()
+    bench.context.memory.leave()
     assert later < stock
     assert later < 0.3 * first, (later, first)

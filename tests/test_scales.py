@@ -148,19 +148,19 @@ def test_a_scale_changed_in_the_middle_of_a_generation_is_seen(name: str) -> Non
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_every_kind_of_number_is_data_of_a_compiled_step(name: str) -> None:
-    table, number = scale_table.Table(), NUMBERS[name](0.7123)
-    table.follow([number, 0.5], None, CPU)
+    table, number = scale_table.ScaleTable(), NUMBERS[name](0.7123)
+    table.update([number, 0.5], None, CPU)
     assert table.is_data
     assert table.tensor[:, 0].tolist() == pytest.approx([float(number), 0.5])
-    table.follow([[number, 0.5]], [torch.ones(1, 2, 8, 8)], CPU)
+    table.update([[number, 0.5]], [torch.ones(1, 2, 8, 8)], CPU)
     assert table.is_data
     assert table.tensor[0, 1:3].tolist() == pytest.approx([float(number), 0.5])
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_is_no_number_is_no_data_of_a_compiled_step(name: str) -> None:
-    table = scale_table.Table()
-    table.follow([OTHERS[name]()], None, CPU)
+    table = scale_table.ScaleTable()
+    table.update([OTHERS[name]()], None, CPU)
     assert not table.is_data
 
 
@@ -175,8 +175,8 @@ def test_a_table_that_could_not_be_written_is_not_taken_for_current(
     fails: str, after: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Out of memory where a second adapter needs a larger table; then the same step again, or another."""
-    table = scale_table.Table()
-    table.follow([0.5], None, CPU)
+    table = scale_table.ScaleTable()
+    table.update([0.5], None, CPU)
 
     def fail(*arguments: object, **options: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -184,7 +184,7 @@ def test_a_table_that_could_not_be_written_is_not_taken_for_current(
     with monkeypatch.context() as patch:
         patch.setattr(torch, fails, fail)
         with pytest.raises(torch.OutOfMemoryError):
-            table.follow([0.9, 0.2], None, CPU)
-    table.follow(after, None, CPU)
+            table.update([0.9, 0.2], None, CPU)
+    table.update(after, None, CPU)
     assert table.is_data
     assert table.tensor[:, 0].tolist() == pytest.approx(after)

@@ -209,7 +209,7 @@ def test_a_layer_trains_whichever_input_needs_it(needs: tuple[bool, bool, bool])
 
     expected = run()
     for impl, check in (("eager", torch.equal), ("triton", lambda a, b: torch.allclose(a, b, rtol=1e-4, atol=1e-5))):
-        processors.install(processor, "layer", processors.Session(impl, cache=True), [])
+        processors.install(processor, "layer", processors.ModelContext(impl, cache=True), [])
         assert all(check(actual, gradient) for actual, gradient in zip(run(), expected, strict=True))
         assert processor._ipa_layer.impl == impl
 

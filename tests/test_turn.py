@@ -22,16 +22,16 @@ def interrupted(turn: Turn) -> FrameType:
 
 def is_free(turn: Turn, seconds: float = NEVER) -> bool:
     """Whether another thread gets it within so many seconds."""
-    taken = threading.Event()
+    installed = threading.Event()
 
     def other() -> None:
         turn.take()
-        taken.set()
+        installed.set()
         turn.give()
 
     thread = threading.Thread(target=other, daemon=True)
     thread.start()
-    return taken.wait(timeout=seconds)
+    return installed.wait(timeout=seconds)
 
 
 def test_an_interrupted_step_gives_back_nothing_that_another_took() -> None:

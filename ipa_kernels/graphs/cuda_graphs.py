@@ -20,7 +20,7 @@ from ..report import GraphReport, Report
 from .unet_call import Call, is_tensor
 
 if TYPE_CHECKING:
-    from ..integration.hooks import Watch
+    from ..integration.hooks import ModelState
     from ..integration.static_storage import Buffers
 
 GRAPHS = 8
@@ -82,7 +82,7 @@ class Captured(NamedTuple):
     buffers: "Buffers | None"
     tables: list[Tensor]
 
-    def addresses_are_still(self, state: "Watch") -> bool:
+    def addresses_are_still(self, state: "ModelState") -> bool:
         """Whether all that it reads is where it was."""
         if self.buffers is not state.buffers or not self.fingerprint.addresses_are_still():
             return False
@@ -136,7 +136,7 @@ class Graphs:
         return isinstance(device, torch.device) and device.type == "cuda"
 
     def step(
-        self, state: "Watch", unet: Any, forward: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
+        self, state: "ModelState", unet: Any, forward: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> Any:
         """Run a step, in a graph where there is one or will be."""
         call = Call(state, unet, forward, arguments, options)
@@ -152,7 +152,7 @@ class Graphs:
             return call.run()
         entry = self._entries.get(key)
         if isinstance(entry, Failed):
-            if entry.fingerprint.addresses_are_still() and entry.fingerprint.is_still():
+            if entry.fingerprint.addresses_are_still() and entry.fingerprint.matches():
                 self.reason = entry.reason
                 return call.run()
             del self._entries[key]
@@ -177,7 +177,7 @@ class Graphs:
             return "more than three positional arguments of the UNet: such steps are not captured; pass keywords"
         if not all(layer.table.is_data for layer in call.state.layers()):
             return "adapter scales that are not numbers, or do not fit the masks: such steps are not captured"
-        if not call.state.session.is_prepared:
+        if not call.state.context.is_prepared:
             return str(call.state.unread)
         return ""
 
@@ -206,12 +206,12 @@ class Graphs:
         with torch.inference_mode(False):
             # those that are made in inference mode could not be written to outside
             own = [torch.empty_like(leaf).copy_(leaf) if is_tensor(leaf) else leaf for leaf in leaves]
-        recorded = call.given(own, structure)
+        captured_call = call.given(own, structure)
         fingerprint = Fingerprint(call.unet)
         self._room = self._room or Room.on(call.device)
         try:
             with call.state.captured():
-                replay, outputs = capture(recorded.run, call.device, self._room)
+                replay, outputs = capture(captured_call.run, call.device, self._room)
         except Exception as error:
             # what was left unfinished may keep the memory
             self._room = None
@@ -232,7 +232,7 @@ class Graphs:
             own.copy_(given)
         entry.replay()
         # while the GPU works: everything that Python passed on when the graph was captured
-        if not entry.fingerprint.is_still():
+        if not entry.fingerprint.matches():
             del self._entries[key]
             self.reason = "settings of a module have changed since the graph was captured: it is captured anew"
             return call.run()
@@ -266,5 +266,5 @@ def _replaced_function(call: Call) -> str | None:
     return replaced_function(call.masks is not None)
 
 
-def _tables(state: "Watch") -> list[Tensor]:
+def _tables(state: "ModelState") -> list[Tensor]:
     return [layer.table.tensor for layer in state.layers()]

@@ -11,13 +11,13 @@ from ..integration import steps
 from ..ops.dispatch import allows_tf32
 
 if TYPE_CHECKING:
-    from ..integration.hooks import Watch
+    from ..integration.hooks import ModelState
 
 
 class Call(NamedTuple):
-    """Of a step that has begun. state: the `Watch` of the UNet; forward: the UNet's own."""
+    """Of a step that has begun. state: the `ModelState` of the UNet; forward: the UNet's own."""
 
-    state: "Watch"
+    state: "ModelState"
     unet: Any
     forward: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -82,7 +82,7 @@ class Call(NamedTuple):
                 return None
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
         modes = allows_tf32(device), torch.is_inference_mode_enabled()
-        return (str(structure), tuple(parts), self.masks is None, autocast, modes, self.state.session.impl)
+        return (str(structure), tuple(parts), self.masks is None, autocast, modes, self.state.context.impl)
 
 
 def is_tensor(leaf: Any) -> bool:

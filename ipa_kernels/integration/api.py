@@ -18,7 +18,7 @@ from .conditioning_cache import Memory
 from .state import layer_of
 
 if TYPE_CHECKING:
-    from .hooks import Options, Watch
+    from .hooks import ModelState, Options
 
 OFF = "IPA_KERNELS_DISABLE"
 
@@ -77,7 +77,7 @@ def disable(target: Any) -> None:
             return
         found.detach(unet)
         found.uninstall(unet)
-        found.session.memory.forget()
+        found.context.memory.forget()
         found.drop_buffers()
 
 
@@ -131,30 +131,30 @@ def _end_block(unet: Any, block: "list[Options]", base: "Options | None") -> Non
         disable(unet)
     else:
         # not through enable(): what was in force before needs no new permission
-        found.session.impl, found.session.cache = options
+        found.context.impl, found.context.cache = options
 
 
-def _switch_on(unet: Any, target: str, options: "Options") -> "tuple[Report, Watch]":
+def _switch_on(unet: Any, target: str, options: "Options") -> "tuple[Report, ModelState]":
     """What `enable` and `accelerated` share; whatever is raised, the UNet is as before."""
-    from .hooks import Watch, of
+    from .hooks import ModelState, of
 
     if options.impl == "triton":
         _demand_kernel(unet)
     found = of(unet)
-    state = found or Watch(unet)
-    session = state.session
-    before = session.impl, session.cache
+    state = found or ModelState(unet)
+    context = state.context
+    before = context.impl, context.cache
     undo: list[Callable[[], None]] = []
     try:
-        session.impl, session.cache = options
+        context.impl, context.cache = options
         state.install_new(unet, undo)
         state.attach(unet)
         report = _report(unet, target)
-        session.memory = Memory()
+        context.memory = Memory()
         report.cache, report.cache_reason = CacheReport(), _cache_reason(state)
         return report, state
     except BaseException:
-        session.impl, session.cache = before
+        context.impl, context.cache = before
         for revert in reversed(undo):
             revert()
         if found is None:
@@ -177,7 +177,7 @@ def _report(unet: Any, target: str) -> Report:
     from .processors import unet as families
 
     state = of(unet)
-    impl = state.session.impl if state is not None else "auto"
+    impl = state.context.impl if state is not None else "auto"
     device, dtype = execution_device(unet), unet.dtype
     layers = []
     switch = f"unset {OFF}" if os.environ.get(OFF) == "1" else "call ipa_kernels.enable"
@@ -197,9 +197,9 @@ def _report(unet: Any, target: str) -> Report:
     note = ""
     if state is not None and not layers:
         note = "no IP-Adapter is loaded: one that is loaded later is taken over on the next step"
-    elif state is not None and state.session.cache:
+    elif state is not None and state.context.cache:
         note = "\n  ".join(unkept_reasons(unet))
-    memory = None if state is None else state.session.memory
+    memory = None if state is None else state.context.memory
     # read once: another thread may `disable`
     graphs, buffers = (None, None) if state is None else (state.graphs, state.buffers)
     return Report(
@@ -216,10 +216,10 @@ def _report(unet: Any, target: str) -> Report:
     )
 
 
-def _cache_reason(state: "Watch | None") -> str:
+def _cache_reason(state: "ModelState | None") -> str:
     if state is None:
         return ""
-    return state.session.memory.reason if state.session.cache else "cache=False"
+    return state.context.memory.reason if state.context.cache else "cache=False"
 
 
 def clear_cache(target: Any) -> None:
@@ -232,7 +232,7 @@ def clear_cache(target: Any) -> None:
 
     state = of(unet)
     if state is not None:
-        state.session.memory = Memory()
+        state.context.memory = Memory()
         state.drop_buffers()
 
 

@@ -15,7 +15,7 @@ _OF_UNET = ("process_encoder_hidden_states", "get_aug_embed")
 """What a UNet's forward passes the text to."""
 
 
-class Places:
+class AttentionLayers:
     """The attention layers of a UNet by name, and the links of the module tree that lead to them."""
 
     def __init__(self, unet: nn.Module) -> None:
@@ -101,6 +101,6 @@ def is_loaded(unet: Any) -> bool:
 def adapter_layers(unet: Any) -> Iterator[tuple[str, Any]]:
     """(name, Attention) of every layer that has an IP-Adapter, or should have one, in the order of the modules."""
     loaded = is_loaded(unet)
-    for name, attention in Places(unet).attentions.items():
+    for name, attention in AttentionLayers(unet).attentions.items():
         if is_adapter(attention.processor) or (loaded and expects_adapter(name)):
             yield name, attention

@@ -54,7 +54,7 @@ class _Value:
     def tensors(self) -> tuple[Tensor, ...]:
         return self.result if isinstance(self.result, tuple) else (self.result,)
 
-    def is_still(self, state: State) -> bool:
+    def matches(self, state: State) -> bool:
         return self.state.marks == state.marks and self.versions == [tensor._version for tensor in self.tensors()]
 
 
@@ -139,7 +139,7 @@ class Memory:
         while sources:
             sources.popitem()[1].drop()
 
-    def recall(
+    def get_or_compute(
         self, source: Tensor, key: Hashable, state: State | None, compute: Callable[[], T], doubt: Callable[[], str]
     ) -> T:
         """`compute()`, or what it returned for the same source, key and state. Nothing is kept where state is None, for the
@@ -151,12 +151,12 @@ class Memory:
             return compute()
         sources = self._sources
         found = sources.get(_key(source))
-        if found is None or not found.is_still(source):
+        if found is None or not found.matches(source):
             found = self._source(sources, source)
         device = source.device.type
         key = key, torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         value = found.values.get(key)
-        if value is not None and value.is_still(state):
+        if value is not None and value.matches(state):
             self.hits += 1
             return value.result  # type: ignore[no-any-return]
         self.misses += 1
@@ -176,12 +176,12 @@ class Memory:
     def call(self, source: object, key: object) -> Any:
         """What `keep_call` kept for this tensor as it is now, or None."""
         found = self._sources.get(_key(source))
-        return None if found is None or not found.is_still(source) else found.calls.get(key)
+        return None if found is None or not found.matches(source) else found.calls.get(key)
 
     def keep_call(self, text: Tensor, others: tuple[Tensor, ...], key: object, call: Any) -> None:
         """Keep a whole call of a layer for as long as values of its text, and of the images and masks beside it, are kept."""
         found = self._sources.get(_key(text))
-        if found is None or not found.is_still(text):
+        if found is None or not found.matches(text):
             return
         for other in others:
             source = self._sources.get(_key(other))
@@ -226,16 +226,16 @@ def active() -> Memory | None:
     return None if torch.compiler.is_compiling() else _ACTIVE.memory
 
 
-def remember(
+def get_or_compute(
     source: Tensor,
     key: Hashable,
     state: Callable[[], State | None],
     compute: Callable[[], T],
     doubt: Callable[[], str] = str,
 ) -> T:
-    """`Memory.recall` with the memory of the UNet that runs, or `compute()` where none does."""
+    """`Memory.get_or_compute` with the memory of the UNet that runs, or `compute()` where none does."""
     memory = active()
-    return compute() if memory is None else memory.recall(source, key, state(), compute, doubt)
+    return compute() if memory is None else memory.get_or_compute(source, key, state(), compute, doubt)
 
 
 def _reason_for_none() -> str:
@@ -244,12 +244,12 @@ def _reason_for_none() -> str:
         return "gradients: they are recorded; use torch.no_grad() where none are needed"
     if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return "hooks on every module: they may change any value; remove them"
-    if _is_recorded():
+    if _is_traced():
         return "recording: torch.jit.trace, torch.func, make_fx or a CUDA graph runs this step again with other data"
     return ""
 
 
-def _is_recorded() -> bool:
+def _is_traced() -> bool:
     """Whether operations are recorded to be run again, where a remembered value would become a constant."""
     traced = torch.jit.is_tracing()  # type: ignore[no-untyped-call]
     transformed = torch._C._functorch.peek_interpreter_stack() is not None

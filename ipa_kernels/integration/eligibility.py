@@ -19,7 +19,7 @@ ADAPTERS = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormers
 """diffusers' IP-Adapter processors for UNets."""
 
 
-def unusual(
+def stock_reasons(
     processor: Any, attn: Attention, hidden_states: Tensor, states: Any, attention_mask: Tensor | None, masks: Any, scales: Any
 ) -> list[str]:
     """Why only the replaced class may run a call; every check is one that costs nothing.
@@ -29,7 +29,7 @@ def unusual(
     if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
         # sizes are tensors here: nothing is compared
         return ["torch.jit.trace: diffusers' own code is traced, the kernel is not; use torch.compile to have it in a graph"]
-    reasons = _unusual_attention(attn)
+    reasons = _attention_reasons(attn)
     if attention_mask is not None:
         reasons.append(
             "attention_mask: only diffusers' own code takes one; leave encoder_attention_mask out if nothing is masked"
@@ -54,11 +54,11 @@ def unusual(
         got = f"expected the same, got {batches}"
         todo = "cut all of them where a callback cuts one, and call the pipeline once per prompt where each has a reference"
         reasons.append(f"batch sizes of queries, text and images: {got}; {todo}")
-    reasons += _unusual_masks(scales, masks, images, hidden_states.shape[0])
+    reasons += _mask_reasons(scales, masks, images, hidden_states.shape[0])
     return reasons
 
 
-def _unusual_masks(scales: list[Any], masks: Any, images: list[Tensor], batch: int) -> list[str]:
+def _mask_reasons(scales: list[Any], masks: Any, images: list[Tensor], batch: int) -> list[str]:
     """Masks or scales for which diffusers raises, or that it broadcasts in its own way."""
     if masks is None:
         masks = [None] * len(images)
@@ -94,7 +94,7 @@ def _described(scale: Any) -> str:
     return f"a tensor {list(scale.shape)}{gradient}, {scale.dtype}, on {scale.device}"
 
 
-def _unusual_attention(attn: Attention) -> list[str]:
+def _attention_reasons(attn: Attention) -> list[str]:
     """Parts of an Attention that no UNet with an IP-Adapter has, and that only the replaced class honours."""
     factor = attn.rescale_output_factor
     parts = {

@@ -69,7 +69,7 @@ class Fingerprint:
             for tensors, name, tensor, address in self._tensors
         )
 
-    def is_still(self) -> bool:
+    def matches(self) -> bool:
         """Whether classes and what they hold, hooks and attributes are the same."""
         if any(type(owner) is not kind for owner, kind in self._kinds):
             return False

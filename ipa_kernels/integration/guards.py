@@ -24,7 +24,7 @@ class Snapshot:
         self.version = tensor._version
         self.address = tensor.data_ptr()
 
-    def is_still(self, tensor: Any) -> bool:
+    def matches(self, tensor: Any) -> bool:
         """Whether this is the same tensor, and nobody has written to it."""
         same = self.tensor() is tensor
         return same and self.version == tensor._version and self.address == tensor.data_ptr()

@@ -18,7 +18,7 @@ from ..report import GraphReport
 from . import attention_layers, image_projection, steps
 from .eligibility import expects_adapter, foreign_reason
 from .processors import unet as families
-from .state import Layer, Session, layer_of
+from .state import Layer, ModelContext, layer_of
 from .static_storage import Buffers, Inputs
 from .step_lock import Turn
 
@@ -43,7 +43,7 @@ class Graphs(Protocol):
         """Whether steps on a device can be captured."""
 
     def step(
-        self, state: "Watch", unet: Any, forward: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
+        self, state: "ModelState", unet: Any, forward: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> Any:
         """Run a step, in a graph where there is one or will be."""
 
@@ -54,7 +54,7 @@ class Graphs(Protocol):
         """Forget every graph."""
 
 
-class Watch:
+class ModelState:
     """The state of an enabled UNet.
 
     base: the options of `enable`, None where only `accelerated` blocks are open; blocks: the options of those, oldest first;
@@ -65,8 +65,8 @@ class Watch:
     """
 
     def __init__(self, unet: nn.Module) -> None:
-        self.session = Session(*Options())
-        self.places = attention_layers.Places(unet)
+        self.context = ModelContext(*Options())
+        self.attention_layers = attention_layers.AttentionLayers(unet)
         self.base: Options | None = None
         self.blocks: list[list[Options]] = []
         self.handles: list[Any] = []
@@ -82,7 +82,7 @@ class Watch:
         return vars(self) | {"steps": []}
 
     def attach(self, unet: nn.Module) -> None:
-        """Watch the steps of a UNet; does nothing where that is done already."""
+        """ModelState the steps of a UNet; does nothing where that is done already."""
         if self._is_attached(unet):
             return
         for handle in self.handles:
@@ -137,7 +137,7 @@ class Watch:
         self._write_scales(named)
         if step.has_turn:
             self.unread = self._refill(unet, arguments, named, follows)
-            self.session.is_prepared = not self.unread
+            self.context.is_prepared = not self.unread
 
     def _open(self, frame: FrameType, stream: Any) -> steps.Step:
         """Wait for the turn, where there is something to take turns for."""
@@ -159,8 +159,8 @@ class Watch:
 
     def _remember(self, step: dict[str, Any], stream: Any) -> bool:
         """Open the memory, or close what a step that was interrupted left open; whether a generation goes on."""
-        memory = self.session.memory
-        if not self.session.cache or steps.is_recorded(self.session):
+        memory = self.context.memory
+        if not self.context.cache or steps.is_capturing(self.context):
             memory.leave()
             return False
         images = (step.get("added_cond_kwargs") or {}).get("image_embeds")
@@ -192,15 +192,15 @@ class Watch:
         if type(sample) is not Tensor or sample.is_meta:
             return
         masks = (step.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
-        for attention in self.places.attentions.values():
+        for attention in self.attention_layers.attentions.values():
             layer = layer_of(attention.processor)
             if layer is not None:
-                layer.table.follow(vars(attention.processor).get("scale"), masks, sample.device)
-        self.session.is_stepping = True
+                layer.table.update(vars(attention.processor).get("scale"), masks, sample.device)
+        self.context.is_stepping = True
 
     def layers(self) -> list[Layer]:
         """What the processors that were taken over remember, in the order of the modules."""
-        found = (layer_of(attention.processor) for attention in self.places.attentions.values())
+        found = (layer_of(attention.processor) for attention in self.attention_layers.attentions.values())
         return [layer for layer in found if layer is not None]
 
     @disable  # type: ignore[untyped-decorator]
@@ -212,7 +212,7 @@ class Watch:
     def _close(self, step: steps.Step) -> None:
         """Does nothing where another thread has found that it was interrupted, and closed it."""
         if step.is_of_this_thread:
-            self.session.memory.leave()
+            self.context.memory.leave()
         with SWITCH:
             if step not in self.steps:
                 return
@@ -221,7 +221,7 @@ class Watch:
                 buffers = self.buffers
                 if buffers is not None:
                     buffers.end(step.stream)
-                self.session.is_prepared = False
+                self.context.is_prepared = False
         if step.has_turn:
             self.turn.give(step.frame)
 
@@ -229,7 +229,7 @@ class Watch:
         with SWITCH:
             self.steps.remove(step)
             if not self.steps:
-                self.session.is_stepping = False
+                self.context.is_stepping = False
 
     def close_interrupted(self) -> None:
         """Close the steps that no longer run, of any thread. Whoever took the turn calls this before anything else: what those
@@ -241,10 +241,10 @@ class Watch:
     def _renew(self, unet: nn.Module, inputs: Inputs) -> str:
         """A generation begins, to be captured: buffers of its sizes, where those that are there do not fit. Why not, if so."""
         buffers = self.buffers
-        if torch.is_grad_enabled() or (buffers is not None and buffers.are_current() and buffers.misfit(inputs) is None):
+        if torch.is_grad_enabled() or (buffers is not None and buffers.are_current() and buffers.mismatch(inputs) is None):
             return ""
         try:
-            new = Buffers(unet, self.places, inputs)
+            new = Buffers(unet, self.attention_layers, inputs)
         except (TypeError, ValueError, RuntimeError) as error:
             # for the step to refuse, in diffusers' words
             return str(error)
@@ -274,45 +274,46 @@ class Watch:
     @contextmanager
     def captured(self) -> Iterator[None]:
         """Steps of this thread in this block run as those that a graph is recorded from."""
-        with steps.recorded(self.session), self.session.memory.suspended():
+        with steps.capturing(self.context), self.context.memory.suspended():
             yield
 
     def install_new(self, unet: nn.Module, undo: list[Callable[[], None]]) -> None:
         """Take over every stock module of an IP-Adapter; `undo` collects, in the order of the changes, what reverts each."""
-        session = self.session
-        if not self.places.are_current():
-            self.places = attention_layers.Places(unet)
+        context = self.context
+        if not self.attention_layers.are_current():
+            self.attention_layers = attention_layers.AttentionLayers(unet)
         for module in image_projection.of(unet):
             if type(module) in image_projection.OURS:
                 with SWITCH:
                     if type(module) in image_projection.OURS and not self.is_closed:
-                        image_projection.install(module, session, undo)
+                        image_projection.install(module, context, undo)
         loaded = attention_layers.is_loaded(unet)
-        for name, attention in self.places.attentions.items():
+        for name, attention in self.attention_layers.attentions.items():
             processor = attention.processor
-            if families.is_new(processor, session):
+            if families.is_new(processor, context):
                 with SWITCH:
-                    if families.is_new(processor, session) and not self.is_closed:
-                        families.install(processor, name, session, undo)
+                    if families.is_new(processor, context) and not self.is_closed:
+                        families.install(processor, name, context, undo)
                 continue
             foreign = foreign_reason(processor, loaded and expects_adapter(name))
             if foreign is None:
                 continue
-            if session.impl == "triton":
+            if context.impl == "triton":
                 raise UnsupportedError(f'{name}: impl="triton" cannot run this layer: {foreign}')
-            if session.impl == "auto":
-                session.warn_once(foreign, "the processor's own code runs instead")
+            if context.impl == "auto":
+                context.warn_once(foreign, "the processor's own code runs instead")
 
     def uninstall(self, unet: nn.Module) -> None:
-        """Undo every `install`, of what is installed and of what was put aside."""
+        """Undo every `install`, of the processors in place and of those that diffusers has stashed."""
         # by identity: a user's own processor need not be hashable
-        installed = {id(place.processor): place.processor for place in attention_layers.Places(unet).attentions.values()}
-        aside = {id(module): module for module in (*image_projection.of(unet), *self.session.taken)}
-        for key, module in (installed | aside).items():
+        attentions = attention_layers.AttentionLayers(unet).attentions.values()
+        in_place = {id(attention.processor): attention.processor for attention in attentions}
+        stashed = {id(module): module for module in (*image_projection.of(unet), *self.context.installed)}
+        for key, module in (in_place | stashed).items():
             if type(module) in image_projection.STOCK:
                 image_projection.uninstall(module)
             # a processor that was put into another enabled UNet since belongs to that one
-            elif families.session_of(module) is self.session or (key in installed and type(module) in families.STOCK):
+            elif families.context_of(module) is self.context or (key in in_place and type(module) in families.STOCK):
                 families.uninstall(module)
 
 
@@ -326,11 +327,11 @@ def forward(unet: Any, *arguments: Any, **options: Any) -> Any:
     return run(*arguments, **options) if graphs is None else graphs.step(state, unet, run, arguments, options)
 
 
-def of(unet: nn.Module) -> Watch | None:
+def of(unet: nn.Module) -> ModelState | None:
     """None where a UNet is not enabled."""
     return vars(unet).get(_STATE)
 
 
 # Not compiled as graphs of their own around a compiled UNet; within another compiled function they are traced.
-for _hook in (Watch.before, Watch.after):
+for _hook in (ModelState.before, ModelState.after):
     skip_code(_hook.__code__)

@@ -14,11 +14,11 @@ from diffusers.models import activations, attention, attention_processor, embedd
 from torch import Tensor, nn
 
 from . import patching
-from .conditioning_cache import active, remember
+from .conditioning_cache import active, get_or_compute
 from .guards import State, doubt_of, state_of
 from .provenance import AND_EXTRAS, owner_of, runs_own
 from .replaced import LINEAR, SCORES, SDPA, Part, has_scores_of_its_own
-from .state import Session
+from .state import ModelContext
 
 # without state of their own that a call reads
 _STATELESS = {
@@ -101,14 +101,14 @@ def doubt(*modules: nn.Module) -> str:
     return doubt_of(modules, known)
 
 
-class _Remembering(nn.Module):
+class _Cached(nn.Module):
     """What both subclasses share."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return object.__new__, (STOCK[type(self)],), vars(self)
 
 
-class MultiIPAdapterImageProjection(_Remembering, embeddings.MultiIPAdapterImageProjection):  # type: ignore[misc]
+class MultiIPAdapterImageProjection(_Cached, embeddings.MultiIPAdapterImageProjection):  # type: ignore[misc]
     """In the place of the class that projects the image embeddings of every adapter, in every step."""
 
     def forward(self, image_embeds: Any) -> list[Tensor]:
@@ -130,7 +130,7 @@ def _tokens(embeds: Tensor, layer: nn.Module) -> Tensor:
         tokens.repeat_interleave = _Repeated(tokens)  # type: ignore[method-assign, assignment]
         return tokens
 
-    return remember(
+    return get_or_compute(
         embeds, (id(layer), "tokens"), lambda: pure_state(layer), project, lambda: f"encoder_hid_proj: {doubt(layer)}"
     )
 
@@ -150,17 +150,17 @@ class _Repeated:
 
         if not isinstance(repeats, int):
             return repeat()
-        return remember(tokens, ("repeat", repeats, dim, output_size), State, repeat)
+        return get_or_compute(tokens, ("repeat", repeats, dim, output_size), State, repeat)
 
 
-class Linear(_Remembering, nn.Linear):
+class Linear(_Cached, nn.Linear):
     """In the place of Kolors' projection of the text."""
 
     def forward(self, input: Tensor) -> Tensor:
         """As `torch.nn.Linear`."""
         forward = super().forward
         own = (self,), _known_or_ours
-        return remember(input, (id(self), "text"), lambda: state_of(*own), lambda: forward(input), lambda: doubt_of(*own))
+        return get_or_compute(input, (id(self), "text"), lambda: state_of(*own), lambda: forward(input), lambda: doubt_of(*own))
 
 
 OURS: dict[type, Any] = {
@@ -181,9 +181,9 @@ def of(unet: nn.Module) -> list[nn.Module]:
     return [module for module in found if type(module) in OURS or type(module) in STOCK]  # type: ignore[misc]
 
 
-def install(module: nn.Module, session: Session, undo: list[Callable[[], None]]) -> None:
+def install(module: nn.Module, context: ModelContext, undo: list[Callable[[], None]]) -> None:
     """Make a projection one of ours; `undo` gets what reverts that, before anything is changed."""
-    patching.install(module, OURS[type(module)], session, undo)
+    patching.install(module, OURS[type(module)], context, undo)
 
 
 def uninstall(module: nn.Module) -> None:

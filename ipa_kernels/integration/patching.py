@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 from torch import nn
 
-from .state import Layer, Session, layer_of
+from .state import Layer, ModelContext, layer_of
 
 
 def install(
-    module: nn.Module, kind: type, session: Session, undo: list[Callable[[], None]], layer: Layer | None = None
+    module: nn.Module, kind: type, context: ModelContext, undo: list[Callable[[], None]], layer: Layer | None = None
 ) -> None:
     """Make a module one of class `kind` in this session.
 
@@ -21,12 +21,12 @@ def install(
     before, known = type(module), layer_of(module)
 
     def revert() -> None:
-        session.taken.discard(module)
+        context.installed.discard(module)
         module.__class__ = before
         _set_layer(module, known)
 
     undo.append(revert)
-    session.taken.add(module)
+    context.installed.add(module)
     _set_layer(module, layer)
     module.__class__ = kind
 

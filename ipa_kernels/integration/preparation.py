@@ -15,7 +15,7 @@ from . import steps
 from .api import OFF, disable, enable, execution_device, explain, unet_of
 
 if TYPE_CHECKING:
-    from .hooks import Watch
+    from .hooks import ModelState
 
 _ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -87,7 +87,7 @@ def _check_names(pipe: Any, arguments: dict[str, Any]) -> None:
             raise TypeError(f"{name}: expected an argument of {kind.__name__}.__call__, got a name that it does not have")
 
 
-def _fill(state: "Watch", unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+def _fill(state: "ModelState", unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
     """New buffers, or those that are there with new contents; then the kernels."""
     from .static_storage import Buffers, Inputs
 
@@ -101,14 +101,14 @@ def _fill(state: "Watch", unet: Any, given: tuple[Any, ...], options: dict[str, 
     try:
         state.close_interrupted()
         if buffers is not None and buffers.are_current():
-            misfit = buffers.misfit(inputs)
-            if misfit is not None:
-                raise ValueError(f"{misfit}; clear_cache(pipe) drops the buffers, graphs are then compiled anew")
+            mismatch = buffers.mismatch(inputs)
+            if mismatch is not None:
+                raise ValueError(f"{mismatch}; clear_cache(pipe) drops the buffers, graphs are then compiled anew")
             buffers.begin(stream)
             buffers.refill(inputs)
             state.unread = ""
         else:
-            buffers = Buffers(unet, state.places, inputs)
+            buffers = Buffers(unet, state.attention_layers, inputs)
             state.put_buffers(buffers)
         buffers.end(stream)
         _compile(state, unet, given, options)
@@ -120,7 +120,7 @@ def _fill(state: "Watch", unet: Any, given: tuple[Any, ...], options: dict[str, 
         state.turn.give()
 
 
-def _compile(state: "Watch", unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+def _compile(state: "ModelState", unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
     """The kernels of a step as eager calls run it, and as graphs do: they differ where a scale is 0."""
     if steps.named(given, options)["sample"].device.type != "cuda":
         return

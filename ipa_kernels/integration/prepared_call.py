@@ -53,7 +53,7 @@ class Photo:
         for names in (processor.to_k_ip, processor.to_v_ip):
             self._projections += [_Projection(module) if reads else None for module, reads in zip(names, read, strict=True)]
 
-    def is_still(self, processor: Any, attn: Any, hidden_states: Tensor, images: Any, masks: Any, impl: str) -> bool:
+    def matches(self, processor: Any, attn: Any, hidden_states: Tensor, images: Any, masks: Any, impl: str) -> bool:
         """Whether a call, with the same text and no attention mask, would read the same."""
         if impl != self._impl or type(processor) is not self._kind or self._attn() is not attn:
             return False
@@ -74,7 +74,7 @@ class Photo:
         if (None if masks is None else len(masks) if type(masks) is list else -1) != self._masked:
             return False
         for known, tensor in zip(self._inputs, images if masks is None else (*images, *masks), strict=True):
-            if not known.is_still(tensor):
+            if not known.matches(tensor):
                 return False
         own: dict[str, Any] = processor._modules
         adapters: list[Any] = [own.get("to_k_ip"), own.get("to_v_ip")]
@@ -85,7 +85,7 @@ class Photo:
             places += each._modules.values()
         if len(places) != len(self._projections):
             return False
-        return all(known is None or known.is_still(module) for known, module in zip(self._projections, places, strict=True))
+        return all(known is None or known.matches(module) for known, module in zip(self._projections, places, strict=True))
 
 
 class Doubtful(Exception):
@@ -135,10 +135,10 @@ def find(
     ready: Ready | None = memory.call(states[0], (layer, id(attn)))
     if ready is None:
         return None
-    return ready if ready.photo.is_still(processor, attn, hidden_states, states[1], masks, layer.session.impl) else None
+    return ready if ready.photo.matches(processor, attn, hidden_states, states[1], masks, layer.context.impl) else None
 
 
-def photograph(*reads: Any) -> Photo | None:
+def guard_call(*reads: Any) -> Photo | None:
     """The photo, or None where something is in doubt."""
     try:
         return Photo(*reads)
@@ -222,9 +222,9 @@ class _Input:
         self.tensor = None if tensor is None else weakref.ref(tensor)
         self.snapshot = None if tensor is None or not read else Snapshot(tensor)
 
-    def is_still(self, tensor: Any) -> bool:
+    def matches(self, tensor: Any) -> bool:
         if self.snapshot is not None:
-            return self.snapshot.is_still(tensor)
+            return self.snapshot.matches(tensor)
         return tensor is None if self.tensor is None else self.tensor() is tensor
 
 
@@ -247,7 +247,7 @@ class _Projection:
         else:
             self.state = state
 
-    def is_still(self, module: Any) -> bool:
+    def matches(self, module: Any) -> bool:
         if self.module() is not module:
             return False
         if self.state is not None:
@@ -258,6 +258,6 @@ class _Projection:
         parameters = module._parameters
         for name, snapshot in self.linear or ():
             tensor = parameters.get(name)
-            if tensor is not None if snapshot is None else not snapshot.is_still(tensor):
+            if tensor is not None if snapshot is None else not snapshot.matches(tensor):
                 return False
         return True

@@ -36,9 +36,9 @@ def _is_read_freely(scale: Tensor) -> bool:
     if scale.ndim != 0 or scale.device.type != "cpu" or scale.requires_grad or scale.is_complex():
         return False
     # what records a step, or differentiates it in another way, would lose sight of the tensor
-    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
     tangents = torch.autograd.forward_ad._current_level >= 0
-    return not (recorded or tangents or torch._C._functorch.is_functorch_wrapped_tensor(scale))
+    return not (traced or tangents or torch._C._functorch.is_functorch_wrapped_tensor(scale))
 
 
 def factor(scale: Any, dtype: torch.dtype, device: torch.device) -> float:
@@ -48,7 +48,7 @@ def factor(scale: Any, dtype: torch.dtype, device: torch.device) -> float:
     return float(scale)
 
 
-class Table:
+class ScaleTable:
     """The scales of one layer as data: `tensor` [adapters, 1 + images], float32, rewritten in place.
 
     Column 0 is for an adapter without masks, column 1 + i for image i of one with masks. is_data: whether the scales are
@@ -60,7 +60,7 @@ class Table:
         self.is_data = False
         self._known: Any = None
 
-    def follow(self, scales: Any, masks: list[Any] | None, device: torch.device) -> None:
+    def update(self, scales: Any, masks: list[Any] | None, device: torch.device) -> None:
         """Take over what a list holds now, for a step with these masks; does nothing where it is known."""
         if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
             # nobody reads the table, and sizes are tensors

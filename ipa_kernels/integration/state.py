@@ -13,13 +13,13 @@ from torch import Tensor
 from ..report import FallbackWarning
 from . import steps
 from .conditioning_cache import Memory
-from .scale_table import Table
+from .scale_table import ScaleTable
 
 _NOT_THE_USERS = {"ipa_kernels", "diffusers", "torch", "accelerate", "contextlib"}
 """What stands between a call of the user's and a layer: these packages, and what runs the start of a with-block."""
 
 
-class Session:
+class ModelContext:
     """Shared by what was taken over in one UNet: the options, the reasons warned about, the memory, and the modules.
 
     is_stepping: whether a step runs whose scales are in the tables; is_prepared: whether what the layers hold is what the step
@@ -33,8 +33,8 @@ class Session:
         self.is_prepared = False
         self.warned: set[str] = set()
         self.memory = Memory()
-        # weak: a processor that diffusers has dropped is gone, one that it has put aside is still found
-        self.taken: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        # weak: a processor that diffusers has dropped is gone, one that it has stashed is still found
+        self.installed: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
     def warn_once(self, reason: str, instead: str) -> None:
         """Warn at the user's call that `instead` runs, the first time for this reason; with other numbers it is the same."""
@@ -49,7 +49,7 @@ class Session:
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Session, (self.impl, self.cache)
+        return ModelContext, (self.impl, self.cache)
 
 
 class Held(NamedTuple):
@@ -69,23 +69,23 @@ class Layer:
     table: its scales as data; held: None where nothing was prepared.
     """
 
-    def __init__(self, name: str, session: Session) -> None:
+    def __init__(self, name: str, context: ModelContext) -> None:
         self.name = name
-        self.session = session
-        self.table = Table()
+        self.context = context
+        self.table = ScaleTable()
         self.held: Held | None = None
         self.impl: str | None = None
         self.reason = ""
         self.calls = 0
 
-    def record(self, impl: str, reasons: list[str]) -> None:
+    def note_call(self, impl: str, reasons: list[str]) -> None:
         """Note what a call runs; warn about a fallback that the user did not ask for."""
         self.impl = impl
         self.reason = "; ".join(reasons)
         self.calls += 1
-        if self.session.impl == "auto":
+        if self.context.impl == "auto":
             for reason in reasons:
-                self.session.warn_once(
+                self.context.warn_once(
                     reason,
                     "eager attention runs instead, with stock's result"
                     if impl == "eager"
@@ -98,9 +98,9 @@ def layer_of(processor: Any) -> Layer | None:
     return getattr(processor, "__dict__", {}).get("_ipa_layer")
 
 
-def is_recorded(session: Session) -> bool:
+def is_traced_or_captured(context: ModelContext) -> bool:
     """Whether a call is recorded, by a compiler or for a CUDA graph, to be run again with other data."""
-    return torch.compiler.is_compiling() or steps.is_recorded(session)
+    return torch.compiler.is_compiling() or steps.is_capturing(context)
 
 
 def _frames_below_the_user() -> int:

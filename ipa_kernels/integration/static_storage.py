@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo import mark_static_address
 
 from . import image_projection
-from .attention_layers import Places
+from .attention_layers import AttentionLayers
 from .guards import Snapshot, State, is_plain
 from .processors import branches
 from .state import Held, Layer, layer_of
@@ -71,17 +71,17 @@ def _read(named: dict[str, Any]) -> tuple[Any, ...]:
 
 
 class Buffers:
-    """The buffers of one UNet. Whoever reads or changes them holds the turn of its `Watch`.
+    """The buffers of one UNet. Whoever reads or changes them holds the turn of its `ModelState`.
 
     places: the attention layers of the UNet by name, and the modules on the way to them. Raises ValueError where none of the
     layers was taken over, or where something else takes part in a call of one of those: it may change what a layer is given, or
     where weights are.
     """
 
-    def __init__(self, unet: Any, places: Places, inputs: Inputs) -> None:
+    def __init__(self, unet: Any, attention_layers: AttentionLayers, inputs: Inputs) -> None:
         self._unet = unet
-        self._places = places
-        self._layers = list(_layers(places))
+        self._attention_layers = attention_layers
+        self._layers = list(_layers(attention_layers))
         if not self._layers:
             raise ValueError(
                 "pipe: expected IP-Adapter processors of diffusers' own, got others in every layer; explain(pipe) names them"
@@ -113,7 +113,7 @@ class Buffers:
         tensors += [vector for vectors in self._sizes.values() for vector in vectors if vector is not None]
         return sum(tensor.nbytes for tensor in tensors)
 
-    def misfit(self, inputs: Inputs) -> str | None:
+    def mismatch(self, inputs: Inputs) -> str | None:
         """What does not fit, in words; None where all does."""
         for name, value in _signature(inputs).items():
             if value != self._signature[name]:
@@ -122,7 +122,7 @@ class Buffers:
 
     def are_current(self) -> bool:
         """Whether the layers are still those that the buffers were made for."""
-        return self._places.are_current() and all(
+        return self._attention_layers.are_current() and all(
             attention.processor is processor and layer_of(processor) is layer for attention, processor, layer in self._layers
         )
 
@@ -133,12 +133,12 @@ class Buffers:
         """
         if torch.is_grad_enabled():
             return "gradients: nothing is kept of a step that is differentiated; use torch.no_grad()"
-        misfit = self.misfit(inputs)
-        if misfit is not None:
-            return misfit
+        mismatch = self.mismatch(inputs)
+        if mismatch is not None:
+            return mismatch
         if not self.are_current():
             return "attention layers or processors were exchanged since; call prepare again"
-        obstacle = self._places.obstacle(self._unet)
+        obstacle = self._attention_layers.obstacle(self._unet)
         if obstacle is not None:
             return f"got {obstacle}: it may change what a layer is given; remove it"
         if anew or not self._is_known(inputs):
@@ -163,7 +163,7 @@ class Buffers:
             self._used = stream.record_event()
 
     def _refuse_obstacle(self) -> None:
-        obstacle = self._places.obstacle(self._unet)
+        obstacle = self._attention_layers.obstacle(self._unet)
         if obstacle is not None:
             raise ValueError(
                 "pipe: expected a UNet whose layers are called by torch's and diffusers' own code alone, without hooks (which "
@@ -220,7 +220,7 @@ class Buffers:
         tensors = inputs.tensors()
         if self._state is None or len(tensors) != len(self._known):
             return False
-        if not all(is_plain(tensor) and known.is_still(tensor) for known, tensor in zip(self._known, tensors, strict=True)):
+        if not all(is_plain(tensor) and known.matches(tensor) for known, tensor in zip(self._known, tensors, strict=True)):
             return False
         state = self._state_of_all()
         return state is not None and state.marks == self._state.marks
@@ -233,9 +233,9 @@ class Buffers:
         return image_projection.state_with_ours(modules)
 
 
-def _layers(places: Places) -> Iterator[tuple[Any, Any, Layer]]:
+def _layers(attention_layers: AttentionLayers) -> Iterator[tuple[Any, Any, Layer]]:
     """(attention, processor, layer) of everything that was taken over."""
-    for attention in places.attentions.values():
+    for attention in attention_layers.attentions.values():
         layer = layer_of(attention.processor)
         if layer is not None:
             yield attention, attention.processor, layer

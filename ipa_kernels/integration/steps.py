@@ -40,7 +40,7 @@ class _Thread(threading.local):
     """Of each thread: the sessions whose steps it records; whether its next step is stopped."""
 
     def __init__(self) -> None:
-        self.recorded: list[object] = []
+        self.capturing: list[object] = []
         self.stops = False
 
 
@@ -90,15 +90,15 @@ def stream_of(tensor: Any) -> Any:
 
 
 @contextmanager
-def recorded(session: object) -> Iterator[None]:
+def capturing(context: object) -> Iterator[None]:
     """Steps that this thread runs in this block, of the UNet of a session, are those that a CUDA graph is recorded from."""
-    _THREAD.recorded.append(session)
+    _THREAD.capturing.append(context)
     try:
         yield
     finally:
-        _THREAD.recorded.pop()
+        _THREAD.capturing.pop()
 
 
-def is_recorded(session: object) -> bool:
-    """Whether this thread is in `recorded`. Steps of other threads are not."""
-    return session in _THREAD.recorded
+def is_capturing(context: object) -> bool:
+    """Whether this thread is in `capturing`. Steps of other threads are not."""
+    return context in _THREAD.capturing

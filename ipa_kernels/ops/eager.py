@@ -13,9 +13,9 @@ from .validation import Problem, default_softmax_scale, has_tangents, is_transfo
 
 def decoupled_attention(problem: Problem) -> Tensor:
     """[B, H, M, D], stored [B, M, H, D]."""
-    recorded = needs_gradient(problem) or has_tangents() or is_transformed()
+    differentiable = needs_gradient(problem) or has_tangents() or is_transformed()
     # autograd may have saved a result, and one of torch.func's batches may not fit into it; otherwise it is nobody else's
-    in_place = not (recorded or torch.compiler.is_compiling())
+    in_place = not (differentiable or torch.compiler.is_compiling())
     query = problem.query
     out = _attention(problem, query, problem.keys[0], problem.values[0], problem.attn_mask)
     for i, mask in enumerate(problem.masks):
@@ -23,7 +23,7 @@ def decoupled_attention(problem: Problem) -> Tensor:
         if isinstance(scale, float) and scale == 0:
             continue
         weights = None if mask is None else mask.to(query.dtype)[:, None, :, None]
-        if isinstance(scale, Tensor) and recorded:
+        if isinstance(scale, Tensor) and differentiable:
             # nothing but 0 comes of a branch of scale 0 then: adding it is exact, and gives the scale its true derivative
             image = _image_of_zero(problem, key, value, weights, scale == 0)
             out = out + (scale * image).to(image.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...ops import UnsupportedError
 from ...ops.validation import Problem, check_arguments
-from ..conditioning_cache import remember
+from ..conditioning_cache import get_or_compute
 from ..guards import State
 from ..image_projection import doubt, pure_state
 from ..scale_table import factor
@@ -69,7 +69,7 @@ def graph_problem(
     masks = of_adapters(masks, len(images))
     counts = image_counts(masks)
     scales = layer.table.branches(counts)
-    held = layer.held if layer.session.is_prepared else None
+    held = layer.held if layer.context.is_prepared else None
     if held is not None:
         vectors = held.vectors.get(query.shape[1])
         if vectors is not None:
@@ -166,13 +166,13 @@ def _keys_and_values(
         return _split(to_k(tokens()), attn.heads), _split(to_v(tokens()), attn.heads)
 
     state, why = lambda: pure_state(to_k, to_v), lambda: f"{layer.name}: {doubt(to_k, to_v)}"
-    return remember(states, (layer, use, attn.heads), state, project, why)
+    return get_or_compute(states, (layer, use, attn.heads), state, project, why)
 
 
 def _mask_vector(mask: Tensor, i: int, query: Tensor) -> Tensor:
     """[B or 1, M] for image i, in the dtype that stock rounds it to."""
     queries, dtype, device = query.shape[1], query.dtype, query.device
-    return remember(
+    return get_or_compute(
         mask, ("mask", i, queries, dtype, device), State, lambda: _resized(mask, i, queries).to(dtype=dtype, device=device)
     )
 

@@ -22,10 +22,10 @@ from ...ops.api import choose, run, traced_op
 from ...ops.dispatch import automatic_reasons, layer_reasons
 from .. import patching
 from ..conditioning_cache import active
-from ..eligibility import Installed, foreign_reason, unusual
-from ..prepared_call import find, keep, photograph
+from ..eligibility import Installed, foreign_reason, stock_reasons
+from ..prepared_call import find, guard_call, keep
 from ..replaced import is_anything_replaced, replaced_reasons
-from ..state import Layer, Session, is_recorded, layer_of
+from ..state import Layer, ModelContext, is_traced_or_captured, layer_of
 from . import branches
 
 
@@ -66,10 +66,10 @@ class _Fused(Installed):
 
         if layer is None or kind is None:
             return replaced()
-        if is_recorded(layer.session):
-            out = _record(kind, layer, self, attn, hidden_states, encoder_hidden_states, attention_mask, ip_adapter_masks)
+        if is_traced_or_captured(layer.context):
+            out = _traced_call(kind, layer, self, attn, hidden_states, encoder_hidden_states, attention_mask, ip_adapter_masks)
             return replaced() if out is None else out
-        impl = layer.session.impl
+        impl = layer.context.impl
         memory = active()
         query: Tensor | None = None
         masked = ip_adapter_masks is not None
@@ -83,7 +83,7 @@ class _Fused(Installed):
                     layer.calls += 1
                     return _project_out(attn, ready.attend(query))
         reasons = _class_reasons(kind, attn, ip_adapter_masks)
-        reasons += unusual(self, attn, hidden_states, encoder_hidden_states, attention_mask, ip_adapter_masks, self.scale)
+        reasons += stock_reasons(self, attn, hidden_states, encoder_hidden_states, attention_mask, ip_adapter_masks, self.scale)
         if not reasons and not kind.eager_is_exact and impl != "triton":
             _, reasons = layer_plan(attn, self, impl, hidden_states.device, hidden_states.dtype)
         problem, photo = None, None
@@ -94,7 +94,7 @@ class _Fused(Installed):
             unkept = None if memory is None else memory.unkept
             if memory is not None:
                 # before anything is read: another thread may write while this one computes
-                photo = photograph(*reads)
+                photo = guard_call(*reads)
 
             def runs_kernel(states: Tensor) -> bool:
                 return layer_plan(attn, self, impl, states.device, states.dtype)[0] == "triton"
@@ -108,14 +108,14 @@ class _Fused(Installed):
         if problem is None:
             if impl == "triton":
                 raise UnsupportedError(_cannot(layer, attn, hidden_states, reasons))
-            layer.record("stock", reasons)
+            layer.note_call("stock", reasons)
             return replaced()
         chosen, reasons = choose(problem, impl)
         if chosen == "eager" and not kind.eager_is_exact:
-            layer.record("stock", reasons)
+            layer.note_call("stock", reasons)
             return replaced()
-        layer.record(chosen, reasons)
-        if memory is not None and photo is not None and memory.unkept == unkept and photo.is_still(*reads):
+        layer.note_call(chosen, reasons)
+        if memory is not None and photo is not None and memory.unkept == unkept and photo.matches(*reads):
             ready = keep(memory, layer, attn, inputs, photo, problem, chosen)
             if ready is not None and query is not None:
                 return _project_out(attn, ready.attend(query))
@@ -137,7 +137,7 @@ def _ours(processor: object) -> Any:
     return next((kind for kind in type(processor).__mro__ if kind in STOCK), None)
 
 
-def _record(
+def _traced_call(
     kind: Any,
     layer: Layer,
     processor: Any,
@@ -151,12 +151,12 @@ def _record(
 
     No value of a scale is looked at: it would be compiled in. Nothing is counted: this runs once, when the graph is recorded.
     """
-    impl = layer.session.impl
+    impl = layer.context.impl
     # where the hook before the step is in the graph too, a scale is what it is for this code: compiled in
-    is_data = layer.session.is_stepping and layer.table.is_data
+    is_data = layer.context.is_stepping and layer.table.is_data
     scales = [None] * layer.table.tensor.shape[0] if is_data else processor.scale
     reasons = _class_reasons(kind, attn, masks)
-    reasons += unusual(processor, attn, hidden_states, states, attention_mask, masks, scales)
+    reasons += stock_reasons(processor, attn, hidden_states, states, attention_mask, masks, scales)
     chosen = "stock"
     if not reasons:
         query = attn.to_q(hidden_states)
@@ -253,22 +253,22 @@ for _module in (stock, unet_2d_condition, unet_motion_model):
     _module.CROSS_ATTENTION_PROCESSORS += _known
 
 
-def is_new(processor: Any, session: Session) -> bool:
+def is_new(processor: Any, context: ModelContext) -> bool:
     """Whether a session has yet to take over this processor: a stock one, or one of another session."""
     kind = type(processor)
-    return kind in FUSED or (kind in STOCK and session_of(processor) is not session)
+    return kind in FUSED or (kind in STOCK and context_of(processor) is not context)
 
 
-def session_of(processor: Any) -> Session | None:
+def context_of(processor: Any) -> ModelContext | None:
     """The session that a processor belongs to."""
     layer = layer_of(processor)
-    return None if layer is None else layer.session
+    return None if layer is None else layer.context
 
 
-def install(processor: nn.Module, name: str, session: Session, undo: list[Callable[[], None]]) -> None:
+def install(processor: nn.Module, name: str, context: ModelContext, undo: list[Callable[[], None]]) -> None:
     """Make a processor one of this session; `undo` gets what reverts that, before anything is changed."""
     kind = type(processor)
-    patching.install(processor, FUSED.get(kind, kind), session, undo, Layer(name, session))
+    patching.install(processor, FUSED.get(kind, kind), context, undo, Layer(name, context))
 
 
 def uninstall(processor: nn.Module) -> None:
