@@ -39,7 +39,7 @@ from ipa_kernels.kernels import launch_table, launch_table_backward
 from ipa_kernels.kernels.backward import decoupled_attention_backward_kernel
 from ipa_kernels.kernels.forward import decoupled_attention_kernel
 from ipa_kernels.kernels.launch_table import LaunchConfig
-from ipa_kernels.kernels.specialization import INTERPRETED, Variant, source, variant
+from ipa_kernels.kernels.specialization import INTERPRETED, Specialization, source, specialize
 from ipa_kernels.kernels.specialization_backward import Wanted, backward_source
 from ipa_kernels.report import plural
 
@@ -71,17 +71,17 @@ class Entry:
     wanted: Wanted | None = None
 
     @property
-    def variant(self) -> Variant:
+    def specialization(self) -> Specialization:
         """What a launch of these lengths compiles."""
         dtype = "float32" if self.dtype in FLOAT32 else self.dtype
         masks = (dtype if self.masked else None,) * (len(self.lengths) - 1)
-        return variant(dtype, self.head_dim, self.lengths, masks, self.dtype == "tf32", self.config)
+        return specialize(dtype, self.head_dim, self.lengths, masks, self.dtype == "tf32", self.config)
 
     @property
     def minimum(self) -> int:
         """Multiply-adds per query that tiles of 16 need, loops counted once."""
         columns = 0
-        for i, branch in enumerate(self.variant.branches):
+        for i, branch in enumerate(self.specialization.branches):
             keys = branch.whole or self.config.block_n + branch.rest
             columns += up(keys, 8) + up(keys, 16)
             if self.wanted is not None:
@@ -166,9 +166,9 @@ def measure(entry: Entry) -> Count:
     )
     options = launch_table.options(entry.config)
     if entry.wanted is None:
-        asked, lines = source(entry.variant), _query_lines(decoupled_attention_kernel.fn)
+        asked, lines = source(entry.specialization), _query_lines(decoupled_attention_kernel.fn)
     else:
-        asked = backward_source(entry.variant, entry.wanted)
+        asked = backward_source(entry.specialization, entry.wanted)
         lines = _query_lines(decoupled_attention_backward_kernel.fn)
     return count(triton.compile(asked, target=target, options=options), lines)
 
@@ -187,7 +187,7 @@ def min_mma(entry: Entry, counted: Count) -> int | None:
         return None
     if counted.multiply_adds is None:
         # tcgen05 does not show its shape: the fewest instructions, each 16 deep and as wide as it may be
-        keys = sum(up(branch.whole or entry.config.block_n + branch.rest, 16) for branch in entry.variant.branches)
+        keys = sum(up(branch.whole or entry.config.block_n + branch.rest, 16) for branch in entry.specialization.branches)
         return keys // 16 + len(entry.lengths) * up(entry.head_dim, 16) // 16
     # mma.sync, MFMA and WMMA are a warp's, wgmma is one of four warps
     groups = entry.config.num_warps // (4 if entry.arch in launch_table.WGMMA else 1)

@@ -36,7 +36,7 @@ def executed(entry: Entry, counted: Count) -> tuple[int, int]:
     rows = entry.config.block_m // entry.config.num_warps
     total = counted.mma * 16 // rows
     least = 0
-    for branch, length in zip(entry.variant.branches, entry.lengths, strict=True):
+    for branch, length in zip(entry.specialization.branches, entry.lengths, strict=True):
         least += (up(length, 8) + up(length, 16)) * dims // (8 * 16)
         if not branch.whole:
             total += of_block * (length // block - 1)

@@ -46,7 +46,9 @@ def main() -> None:
             inductor = str(error)
     config = launch_table.find("sm_90", 16, query.shape[3], query.shape[2])
     names = [dtype_name(mask.dtype) for mask in masks]
-    made = specialization.variant("float16", query.shape[3], tuple(key.shape[2] for key in keys), tuple(names), False, config)
+    made = specialization.specialize(
+        "float16", query.shape[3], tuple(key.shape[2] for key in keys), tuple(names), False, config
+    )
     target = GPUTarget("cuda", 90, 32)
     compiled = triton.compile(specialization.source(made), target=target, options=launch_table.options(config))
     print(json.dumps({"output": str(node.meta["val"].device), "wgmma": "wgmma" in compiled.asm["ptx"], "inductor": inductor}))

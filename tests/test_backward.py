@@ -447,8 +447,8 @@ def test_a_launch_passes_what_was_compiled(dtype: torch.dtype, masked: bool, mon
     recorder = Recorder()
     compiled: list[Any] = []
 
-    def compile_for(*made_for: Any) -> Recorder:
-        compiled.append(backward_source(*made_for[:2]))
+    def compile_for(*specialization: Any) -> Recorder:
+        compiled.append(backward_source(*specialization[:2]))
         return recorder
 
     monkeypatch.setattr(launch_backward, "_compiled", compile_for)

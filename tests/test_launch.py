@@ -17,7 +17,7 @@ from torch import Tensor
 from ipa_kernels import UnsupportedError, decoupled_attention
 from ipa_kernels.kernels import launch, launch_backward, launch_table, launch_table_backward
 from ipa_kernels.kernels.launch_table import INTERPRETED
-from ipa_kernels.kernels.specialization import source, variant
+from ipa_kernels.kernels.specialization import source, specialize
 from ipa_kernels.kernels.specialization_backward import Wanted
 
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def test_a_launch_passes_what_was_compiled(
     monkeypatch.undo()
     monkeypatch.setattr(launch, "INTERPRETED", False)
     recorder = Recorder()
-    monkeypatch.setattr(launch, "_compiled", lambda variant, device: recorder)
+    monkeypatch.setattr(launch, "_compiled", lambda specialization, device: recorder)
     config = launch_table.find(arch, 32 if dtype == torch.float32 else 16, 40, 99)
     assert config is not None
     lengths = (77, *images)
@@ -67,7 +67,7 @@ def test_a_launch_passes_what_was_compiled(
     assert prepared(heads).shape == heads.shape
     assert prepared.packed(query).shape == query.shape
 
-    asked = source(prepared.variant)
+    asked = source(prepared.specialization)
     (grid, arguments), (same_grid, same_arguments) = recorder.launches
     assert grid == same_grid == (3 * -(-99 // config.block_m), 2, 1)
     for passed in (arguments, same_arguments):
@@ -277,9 +277,9 @@ DEVICES = itertools.count(1000)
 @pytest.fixture(params=[launch, launch_backward], ids=["forward", "backward"])
 def compiled(request: pytest.FixtureRequest) -> Callable[..., Any]:
     """The kernel of a module for a device of this number, on its first use from `triton.compile`."""
-    made_for = variant("float16", 40, (77, 4), (None,), False, launch_table.find("sm_80", 16, 40, 99))
+    specialization = specialize("float16", 40, (77, 4), (None,), False, launch_table.find("sm_80", 16, 40, 99))
     wanted = [] if request.param is launch else [Wanted((True, True), (True, True), (False,))]
-    return lambda number: request.param._compiled(made_for, *wanted, torch.device("cuda", number))
+    return lambda number: request.param._compiled(specialization, *wanted, torch.device("cuda", number))
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ def test_of_tf32_spills_and_tensor_cores_are_judged_too() -> None:
 def test_tf32_is_compiled_where_there_is_tf32() -> None:
     listed = list(compile_report.entries(["sm_80", "gfx942", "gfx1100"], ["tf32"], [64], "hardest"))
     assert {e.arch for e in listed} == {"sm_80", "gfx942"}
-    assert all(e.variant.tf32 and e.variant.dtype == "float32" for e in listed)
+    assert all(e.specialization.tf32 and e.specialization.dtype == "float32" for e in listed)
 
 
 @pytest.mark.parametrize("arch", launch_table.SHARED_MEMORY)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .forward import probabilities
+from .gradient_tiles import grad_tile, store_zeros
 from .primitives import (
     exp2_scaled,
     load_rows,
@@ -28,7 +29,6 @@ from .primitives import (
     tile_fill,
     tile_is_full,
     tile_width,
-    weigh_rows,
     zero_rows,
 )
 
@@ -94,84 +94,13 @@ def _softmax_stats(
 
 
 @triton.jit
-def _unit(size):
-    """What to divide numbers of up to this size by, so that float16 can hold them; 1 where all are 0.
-
-    size [M, 1] or [1, 1]: the compiler for tcgen05 fails on the maximum of a tensor of one dimension, and on a number.
-    """
-    # not below 2**-100: accumulators are divided by it
-    return tl.where(size == 0.0, 1.0, tl.maximum(size, 7.888609e-31))
-
-
-@triton.jit
-def _store_partial(
-    base, stride, row_mask, weights, rows, factor,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """This program's partial sum over its queries, weightsᵗ·rows·factor [WIDTH, D]; weights [M, WIDTH], of the rows' type."""
-    transposed = tl.trans(weights)
-    # always so: in a region of their own these products, which contract over queries, get a layout of their own, and their
-    # operands are not held in registers from one tile of keys to the next
-    if stride > 0:
-        out = ()
-        for d in tl.static_range(tile_count(HEAD_DIM)):
-            out = out + (tl.dot(transposed, rows[d], input_precision=PRECISION) * factor,)
-        store_rows(base, stride, row_mask, out, HEAD_DIM, WIDTH)
-
-
-@triton.jit
-def _grad_tile(
-    dq, p, r, delta, weight, q, g, k_base, dk_base, dv_base, k_stride, partial_stride, begin, remaining, softmax_scale,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dQ/scale + S·K over the tile of keys at `begin`; partial dK and dV are stored, unless their bases are None.
-
-    weight [M], or None for 1.
-    """
-    row_mask = tl.arange(0, WIDTH) < remaining
-    s = p * (r - delta[:, None])
-    if weight is not None:
-        s = s * weight[:, None]
-        p = p * weight[:, None]
-    k = load_rows(k_base + begin * k_stride.to(tl.int64), k_stride, row_mask, HEAD_DIM, WIDTH, FULL)
-    offset = begin * partial_stride.to(tl.int64)
-    if k_base.dtype.element_ty != tl.float16:
-        s = s.to(k_base.dtype.element_ty)
-        dq = weigh_rows(dq, s, k, HEAD_DIM, PRECISION)
-        if dk_base is not None:
-            _store_partial(dk_base + offset, partial_stride, row_mask, s, q, softmax_scale, HEAD_DIM, WIDTH, PRECISION)
-        if dv_base is not None:
-            p = p.to(k_base.dtype.element_ty)
-            _store_partial(dv_base + offset, partial_stride, row_mask, p, g, 1.0, HEAD_DIM, WIDTH, PRECISION)
-    else:
-        # S is of any size, and so is a weight: what float16 holds is their ratio to the largest
-        unit = tl.max(tl.abs(s), 1, keep_dims=True)
-        if dk_base is not None:
-            # one for all rows: dK is a sum over them
-            unit = tl.max(unit, 0, keep_dims=True)
-        unit = _unit(unit)
-        s = (s * (1.0 / unit)).to(tl.float16)
-        dq = scale_tiles(weigh_rows(scale_tiles(dq, 1.0 / unit), s, k, HEAD_DIM, PRECISION), unit)
-        if dk_base is not None:
-            _store_partial(dk_base + offset, partial_stride, row_mask, s, q, unit * softmax_scale, HEAD_DIM, WIDTH, PRECISION)
-        if dv_base is not None:
-            if weight is None:
-                _store_partial(dv_base + offset, partial_stride, row_mask, p.to(tl.float16), g, 1.0, HEAD_DIM, WIDTH, PRECISION)
-            else:
-                unit = _unit(tl.max(tl.abs(weight)[:, None], 0, keep_dims=True))
-                p = (p * (1.0 / unit)).to(tl.float16)
-                _store_partial(dv_base + offset, partial_stride, row_mask, p, g, unit, HEAD_DIM, WIDTH, PRECISION)
-    return dq
-
-
-@triton.jit
 def _grad_whole(
     dq, p, r, delta, weight, q, g, k_base, dk_base, dv_base, k_stride, partial_stride, softmax_scale,
     HEAD_DIM: tl.constexpr, LENGTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`_grad_tile` over a short branch."""
+    """`grad_tile` over a short branch."""
     for t in tl.static_range(tile_count(LENGTH)):
-        dq = _grad_tile(
+        dq = grad_tile(
             dq, p[t], r[t], delta, weight, q, g, k_base, dk_base, dv_base, k_stride, partial_stride,
             tile_begin(LENGTH, t), tile_fill(LENGTH, t), softmax_scale,
             HEAD_DIM, tile_width(LENGTH, t), tile_is_full(LENGTH, t), PRECISION,
@@ -185,11 +114,11 @@ def _grad_recomputed(
     begin, remaining, qk_scale, softmax_scale,
     HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, FULL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`_grad_tile` of a tile whose P and R are computed again; inverse: of the sum of weights."""
+    """`grad_tile` of a tile whose P and R are computed again; inverse: of the sum of weights."""
     s = score_keys(q, k_base + begin * k_stride.to(tl.int64), k_stride, remaining, HEAD_DIM, WIDTH, FULL, PRECISION)
     p = exp2_scaled(s, qk_scale, shift) * inverse[:, None]
     r = multiply_rows(g, v_base + begin * v_stride.to(tl.int64), v_stride, remaining, HEAD_DIM, WIDTH, FULL, PRECISION)
-    return _grad_tile(
+    return grad_tile(
         dq, p, r, delta, weight, q, g, k_base, dk_base, dv_base, k_stride, partial_stride, begin, remaining, softmax_scale,
         HEAD_DIM, WIDTH, FULL, PRECISION,
     )  # fmt: skip
@@ -201,7 +130,7 @@ def _grad_looped(
     length, qk_scale, softmax_scale,
     HEAD_DIM: tl.constexpr, REST: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`_grad_tile` over a branch of any length, in the steps of `_softmax_stats`."""
+    """`grad_tile` over a branch of any length, in the steps of `_softmax_stats`."""
     inverse = 1.0 / row_sum
     blocks = length // BLOCK_N * BLOCK_N
     for begin in tl.range(0, blocks, BLOCK_N):
@@ -276,14 +205,6 @@ def _add_image(
 
 
 @triton.jit
-def _store_zeros(base, row_stride, length, HEAD_DIM: tl.constexpr):
-    """Zeros for the partial sums of a branch that is not read."""
-    for begin in tl.range(0, length, 16):
-        row_mask = tl.arange(0, 16) < length - begin
-        store_rows(base + begin * row_stride.to(tl.int64), row_stride, row_mask, zero_rows(HEAD_DIM, 16), HEAD_DIM, 16)
-
-
-@triton.jit
 def decoupled_attention_backward_kernel(
     dq_ptr, dk_ptrs, dv_ptrs, delta_ptrs, q_ptr, g_ptr, k_ptrs, v_ptrs, scale_ptr, mask_ptrs,
     q_strides, g_strides, k_strides, v_strides, scale_stride, mask_strides,
@@ -350,9 +271,9 @@ def decoupled_attention_backward_kernel(
                 )  # fmt: skip
             if scale == 0.0:
                 if dk_ptrs[i] is not None:
-                    _store_zeros(dk_base, row_stride, lengths[i], HEAD_DIM)
+                    store_zeros(dk_base, row_stride, lengths[i], HEAD_DIM)
                 if dv_ptrs[i] is not None:
-                    _store_zeros(dv_base, row_stride, lengths[i], HEAD_DIM)
+                    store_zeros(dv_base, row_stride, lengths[i], HEAD_DIM)
 
     store_rows(
         dq_ptr + (batch * q_len + first) * row_stride + head * HEAD_DIM, row_stride, in_range,

@@ -11,7 +11,7 @@ from .compiled import Compiled
 from .dtypes import dtype_name
 from .forward import decoupled_attention_kernel
 from .launch_table import LaunchConfig, options
-from .specialization import INTERPRETED, Variant, source, variant, vector
+from .specialization import INTERPRETED, Specialization, source, specialize, vector
 
 
 class Launch:
@@ -40,7 +40,7 @@ class Launch:
         self.shape, self.dtype, self.device = shape, keys[0].dtype, keys[0].device
         dtype = dtype_name(self.dtype)
         lengths = tuple(key.shape[2] for key in keys)
-        self.variant = variant(
+        self.specialization = specialize(
             dtype, head_dim, lengths, tuple(m if m is None else dtype_name(m.dtype) for m in masks), tf32, config
         )
         self.vector = width = vector(dtype)
@@ -63,7 +63,7 @@ class Launch:
             lengths,
             softmax_scale * math.log2(math.e),
         )
-        self._after = (*self.numbers, *self.variant.constants.values())
+        self._after = (*self.numbers, *self.specialization.constants.values())
 
     def __call__(self, query: Tensor) -> Tensor:
         """[B, H, M, D] to the same, stored [B, M, H, D]; on the device of the query, and its current stream."""
@@ -91,14 +91,14 @@ class Launch:
             with torch.cuda.device(self.device):
                 return self._launch(out, query, strides)
         if self._compiled is None:
-            self._compiled = _compiled(self.variant, self.device)
+            self._compiled = _compiled(self.specialization, self.device)
         self._compiled[self._grid](out, query, *self.tensors, strides, *self._after)
 
 
 @Compiled
-def _compiled(variant: Variant, device: torch.device) -> Any:
+def _compiled(specialization: Specialization, device: torch.device) -> Any:
     """Compiled for, and loaded on, the current device; from Triton's cache on disk where it has been compiled before."""
-    return triton.compile(source(variant), options=options(variant.config))
+    return triton.compile(source(specialization), options=options(specialization.config))
 
 
 def _check_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -14,7 +14,7 @@ from .backward import decoupled_attention_backward_kernel
 from .compiled import Compiled
 from .launch import Launch, readable, strides_of
 from .launch_table import LaunchConfig, options
-from .specialization import INTERPRETED, Variant
+from .specialization import INTERPRETED, Specialization
 from .specialization_backward import Wanted, backward_source
 
 
@@ -58,9 +58,9 @@ def backward(
     arguments = (
         out, key_shares, value_shares, weights, query, gradient, *forward.tensors,
         strides_of(query, batch, width), strides_of(gradient, batch, width), *forward.numbers, softmax_scale,
-        *forward.variant.constants.values(),
+        *forward.specialization.constants.values(),
     )  # fmt: skip
-    _launch(forward.variant, wanted, device, (heads * blocks, batch, 1), arguments)
+    _launch(forward.specialization, wanted, device, (heads * blocks, batch, 1), arguments)
     return Gradients(
         out.transpose(1, 2),
         tuple(_total(share, key) for share, key in zip(key_shares, keys, strict=True)),
@@ -69,19 +69,21 @@ def backward(
     )
 
 
-def _launch(made_for: Variant, wanted: Wanted, device: torch.device, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+def _launch(
+    specialization: Specialization, wanted: Wanted, device: torch.device, grid: tuple[int, ...], arguments: tuple[Any, ...]
+) -> None:
     if device.type == "cuda" and torch.cuda.current_device() != device.index:
         # Triton launches on the current device
         with torch.cuda.device(device):
-            return _launch(made_for, wanted, device, grid, arguments)
-    kernel = decoupled_attention_backward_kernel if INTERPRETED else _compiled(made_for, wanted, device)
+            return _launch(specialization, wanted, device, grid, arguments)
+    kernel = decoupled_attention_backward_kernel if INTERPRETED else _compiled(specialization, wanted, device)
     kernel[grid](*arguments)
 
 
 @Compiled
-def _compiled(made_for: Variant, wanted: Wanted, device: torch.device) -> Any:
+def _compiled(specialization: Specialization, wanted: Wanted, device: torch.device) -> Any:
     """Compiled for, and loaded on, the current device; from Triton's cache on disk where it has been compiled before."""
-    return triton.compile(backward_source(made_for, wanted), options=options(made_for.config))
+    return triton.compile(backward_source(specialization, wanted), options=options(specialization.config))
 
 
 def _sums(shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -1,6 +1,6 @@
 """What one compilation of the kernel is made for, and the source that the compiler is given: launches and reports share it.
 
-Nothing is specialised on the values of arguments: every launch of a variant runs the very code that was compiled, and
+Nothing is specialised on the values of arguments: every launch of a specialization runs the very code that was compiled, and
 counted, without a GPU. What the kernel relies on instead (`launch` sees to it): bases and strides are multiples of 16 bytes.
 """
 
@@ -34,7 +34,7 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Variant:
+class Specialization:
     """Everything that one compilation depends on besides the device. The text is the first branch; dtypes by torch's names."""
 
     dtype: str
@@ -62,10 +62,10 @@ def vector(dtype: str) -> int:
     return 4 if dtype == "float32" else 8
 
 
-def variant(
+def specialize(
     dtype: str, head_dim: int, lengths: tuple[int, ...], masks: tuple[str | None, ...], tf32: bool, config: LaunchConfig
-) -> Variant:
-    """The variant for the lengths of all branches, text first, and the masks of the image branches.
+) -> Specialization:
+    """The specialization for the lengths of all branches, text first, and the masks of the image branches.
 
     One image branch that must be looped over takes all others with it: a mixture needs the registers of both.
     """
@@ -76,19 +76,19 @@ def variant(
         Branch(length, 0, mask) if held else Branch(0, -(-(length % config.block_n) // 16) * 16, mask)
         for length, held, mask in zip(lengths, whole, (None, *masks), strict=True)
     )
-    return Variant(dtype, head_dim, tuple(branches), tf32, config)
+    return Specialization(dtype, head_dim, tuple(branches), tf32, config)
 
 
-def source(variant: Variant) -> ASTSource:
+def source(specialization: Specialization) -> ASTSource:
     """The kernel with the types of its arguments, for `triton.compile`."""
-    return source_of(decoupled_attention_kernel, variant, {"out_ptr": POINTERS[variant.dtype]})
+    return source_of(decoupled_attention_kernel, specialization, {"out_ptr": POINTERS[specialization.dtype]})
 
 
-def source_of(kernel: Any, variant: Variant, own: dict[str, object]) -> ASTSource:
+def source_of(kernel: Any, specialization: Specialization, own: dict[str, object]) -> ASTSource:
     """The source of a kernel that takes what the forward takes, and arguments of its `own` types; "constexpr" is a None."""
-    n = len(variant.branches)
-    masks = tuple(branch.mask for branch in variant.branches[1:])
-    pointer = POINTERS[variant.dtype]
+    n = len(specialization.branches)
+    masks = tuple(branch.mask for branch in specialization.branches[1:])
+    pointer = POINTERS[specialization.dtype]
     types: dict[str, object] = {
         **own,
         "q_ptr": pointer,
@@ -105,7 +105,7 @@ def source_of(kernel: Any, variant: Variant, own: dict[str, object]) -> ASTSourc
         "q_len": "i32",
         "lengths": ("i32",) * n,
         "qk_scale": "fp32",
-        **dict.fromkeys(variant.constants, "constexpr"),
+        **dict.fromkeys(specialization.constants, "constexpr"),
     }
     signature = {name: types[name] for name in kernel.arg_names}
     constants: dict[tuple[int, ...], object] = {}
@@ -115,7 +115,7 @@ def source_of(kernel: Any, variant: Variant, own: dict[str, object]) -> ASTSourc
         for i, leaf in enumerate(kind) if isinstance(kind, tuple) else ((None, kind),):
             path = (place,) if i is None else (place, i)
             if leaf == "constexpr":
-                constants[path] = variant.constants.get(name)
+                constants[path] = specialization.constants.get(name)
             elif str(leaf).startswith("*") and name not in UNALIGNED:
                 attributes[path] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)

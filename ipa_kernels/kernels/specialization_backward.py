@@ -1,11 +1,11 @@
-"""What one compilation of the backward kernel is made for, and its source: as `variant`, and which gradients are asked for."""
+"""What one compilation of the backward kernel is made for (`specialization`, and which gradients are asked for), and its source."""
 
 from dataclasses import dataclass
 
 from triton.compiler import ASTSource
 
 from .backward import decoupled_attention_backward_kernel
-from .specialization import POINTERS, Variant, source_of
+from .specialization import POINTERS, Specialization, source_of
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Wanted:
     weights: tuple[bool, ...]
 
 
-def backward_source(variant: Variant, wanted: Wanted) -> ASTSource:
+def backward_source(specialization: Specialization, wanted: Wanted) -> ASTSource:
     """The kernel with the types of its arguments, for `triton.compile`."""
-    pointer = POINTERS[variant.dtype]
+    pointer = POINTERS[specialization.dtype]
     own: dict[str, object] = {
         "dq_ptr": pointer,
         "dk_ptrs": _sums(wanted.keys),
@@ -31,7 +31,7 @@ def backward_source(variant: Variant, wanted: Wanted) -> ASTSource:
         "g_strides": ("i32",) * 3,
         "softmax_scale": "fp32",
     }
-    return source_of(decoupled_attention_backward_kernel, variant, own)
+    return source_of(decoupled_attention_backward_kernel, specialization, own)
 
 
 def _sums(wanted: tuple[bool, ...]) -> tuple[str, ...]:

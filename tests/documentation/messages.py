@@ -13,7 +13,13 @@ import ipa_kernels
 
 GAP = "…"
 PACKAGE = Path(ipa_kernels.__file__).parent
-NOT_FOR_USERS = ("kernels/primitives.py", "kernels/forward.py", "kernels/backward.py", "testing/tiny_pipelines.py")
+NOT_FOR_USERS = (
+    "kernels/primitives.py",
+    "kernels/forward.py",
+    "kernels/backward.py",
+    "kernels/gradient_tiles.py",
+    "testing/tiny_pipelines.py",
+)
 EDITS = ("replace", "define", "sub", "removeprefix", "strip", "lstrip", "join", "startswith")
 """Methods whose arguments are pieces of text, not messages."""
 
