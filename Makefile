@@ -41,7 +41,7 @@ test-slow: $(READY) ## run the tests that take minutes each
 
 test-gpu: $(READY) ## run the gpu-marked tests, and the kernel's tests in every dtype
 	@$(BIN)/python -m pytest -m gpu
-	@$(BIN)/python -m pytest -m 'not gpu' tests/test_kernel.py
+	@$(BIN)/python -m pytest -m 'not gpu' tests/kernels/test_forward.py
 
 matrix: ## tests with other versions of torch, triton and diffusers; make matrix CORNER=oldest [TESTS=--all] [PYTHON=python3.12]
 	@test -n "$(CORNER)" || { echo "which corner? make matrix CORNER=oldest; docs/versions.md has them"; exit 2; }
@@ -70,7 +70,7 @@ bench: $(READY) ## compare the attention core and a generation with stock, after
 	@$(BIN)/python -m benchmarks.generation
 
 bench-micro: $(READY) ## the micro-benchmarks that CI can track
-	@$(BIN)/python -m pytest tests/test_micro_benchmarks.py --benchmark-only
+	@$(BIN)/python -m pytest tests/benchmarks/test_micro_benchmarks.py --benchmark-only
 
 compile-report: $(READY) ## compile the launch table for every GPU, without one, and count (half an hour on two cores); [OUT=folder] [ENTRIES=--quick]
 	@mkdir -p "$(or $(OUT),.)"

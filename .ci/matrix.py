@@ -17,21 +17,21 @@ from pathlib import Path
 
 HOUSE = Path(__file__).parents[1]
 SEAMS = (
-    "test_arguments.py",
+    "ops/test_validation.py",
     "cli/test_demo.py",
-    "test_eager.py",
-    "test_imports.py",
-    "test_integration.py",
-    "test_kernel.py::test_named_cases",
-    "test_backward.py::test_only_what_is_asked_for_is_computed",
-    "test_backward.py::test_checkpointing",
-    "test_launch.py",
-    "test_pipelines.py",
-    "test_registered.py",
-    "test_upstream.py",
+    "ops/test_eager.py",
+    "project/test_imports.py",
+    "integration/test_api.py",
+    "kernels/test_forward.py::test_named_cases",
+    "kernels/test_backward.py::test_only_what_is_asked_for_is_computed",
+    "kernels/test_backward.py::test_checkpointing",
+    "kernels/test_launch.py",
+    "integration/test_pipelines.py",
+    "ops/test_torch_library.py",
+    "integration/test_upstream.py",
 )
 """Below tests/: what asks torch, triton and diffusers for something that another version may answer otherwise."""
-WITHOUT_TRITON = ("cli/test_demo.py", "test_eager.py", "test_imports.py", "test_upstream.py")
+WITHOUT_TRITON = ("cli/test_demo.py", "ops/test_eager.py", "project/test_imports.py", "integration/test_upstream.py")
 TOOLS = ("accelerate", "hypothesis", "peft", "pytest", "pytest-xdist", "sentencepiece")
 
 

@@ -61,7 +61,7 @@ def steps(device: str) -> list[Step]:
         compiled: tuple[str, ...] = ("--adapters", "one", "--rounds", "3", *prepared)
         return [
             _tests("gpu_tests", 60, 0, "-m", "gpu", *_gpu_files()),
-            _tests("kernel_tests", 60, 0, "tests/test_kernel.py", "-k", "softmax_scale or two_branches"),
+            _tests("kernel_tests", 60, 0, "tests/kernels/test_forward.py", "-k", "softmax_scale or two_branches"),
             _driver("attention", 90, device, "attention", "--small", "--rounds", "3", "--cases", *CASES[:3]),
             _driver("attention_interpreted", 60, device, "attention", "--small", "--impl", "triton", "--cases", *CASES[:3]),
             _driver("attention_compiled", 120, device, "attention", "--small", "--cases", CASES[0], "--peers", *COMPILED),
@@ -76,7 +76,7 @@ def steps(device: str) -> list[Step]:
     compiled = ("--model", "sd15", "--adapters", "none", "one", "--compile-seconds", "60", *prepared)
     return [
         _tests("gpu_tests", 90, WORKERS, "-m", "gpu", *_gpu_files()),
-        _tests("kernel_tests", 90, WORKERS, "-m", "not gpu", "tests/test_kernel.py"),
+        _tests("kernel_tests", 90, WORKERS, "-m", "not gpu", "tests/kernels/test_forward.py"),
         _driver("attention", 140, device, "attention", "--seconds", "100", "--cases", *CASES),
         _driver("unet_step_sdxl", 110, device, "unet_step", "--model", "sdxl", "--rounds", "5", *graphed),
         _driver("unet_step_sd15", 60, device, "unet_step", "--model", "sd15", *graphed),
@@ -101,7 +101,7 @@ def _tests(name: str, limit: float, workers: int, *arguments: str) -> Step:
 
 
 def _gpu_files() -> list[str]:
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(file.relative_to(ROOT)) for file in files if "mark.gpu" in file.read_text()]
 
 

@@ -9,8 +9,8 @@ import ipa_kernels
 from ipa_kernels.cli import verify_cases
 from ipa_kernels.report import CacheReport, GraphReport, LayerReport, Report, plural
 
-from .zoo.generate import generate
-from .zoo.pipelines import build
+from .helpers.generate import generate
+from .helpers.pipelines import build
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

@@ -1,4 +1,4 @@
-"""What one compilation of the backward kernel is made for (`specialization`, and which gradients are asked for), and its source."""
+"""What one compilation of the backward kernel is made for, as `specialization` with the gradients asked for, and its source."""
 
 from dataclasses import dataclass
 

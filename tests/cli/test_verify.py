@@ -20,9 +20,9 @@ from ipa_kernels.integration.processors import branches, unet
 from ipa_kernels.ops import dispatch, eager
 from ipa_kernels.reference import Comparison
 
-from ..fresh_interpreter import run as run_alone
-from ..zoo.generate import generate
-from ..zoo.pipelines import build
+from ..helpers.fresh_interpreter import run as run_alone
+from ..helpers.generate import generate
+from ..helpers.pipelines import build
 
 OP = sys.modules["ipa_kernels.ops.api"]
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter: a machine without a GPU")

@@ -21,7 +21,7 @@ from PIL import Image
 from ipa_kernels.cli.pictures import draw_reference
 from ipa_kernels.testing import tiny_pipelines
 
-from ..zoo.life import Life, lora
+from ..helpers.life import Life, lora
 from .pages import Block
 from .shell import command, commands
 

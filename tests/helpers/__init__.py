@@ -1,0 +1,1 @@
+"""What tests share: pipelines, adapters and controls of diffusers, tiny and random; captures without a GPU; patches."""
