@@ -72,7 +72,7 @@ def close(result: Tensor, expected: Tensor) -> None:
     assert error < 2e-5, f"relative error {error}"
 
 
-SLOW = (("sdxl", 1), ("animatediff", 1), ("animatediff", 2), ("kolors", 2))
+SLOW = (("sdxl", 1), ("animatediff", 1), ("animatediff", 2), ("kolors", 1), ("kolors", 2))
 """Kinds and numbers of adapters that `make test` leaves to `make test-slow`: others show the same."""
 
 

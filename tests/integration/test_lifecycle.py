@@ -132,9 +132,20 @@ SWITCHES = {
 steps = st.one_of(st.sampled_from(list(LOADS)), st.sampled_from(list(SWITCHES)), st.sampled_from(list(OPERATIONS)))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(steps, st.booleans()), max_size=10))
 def test_any_sequence_of_operations_is_as_with_stock(sequence: list[tuple[str, bool]]) -> None:
+    check_sequence(sequence)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(st.tuples(steps, st.booleans()), max_size=10))
+def test_many_sequences_of_operations_are_as_with_stock(sequence: list[tuple[str, bool]]) -> None:
+    check_sequence(sequence)
+
+
+def check_sequence(sequence: list[tuple[str, bool]]) -> None:
     """After each operation the picture is stock's; where it is drawn so, `disable` restores, and the story goes on enabled."""
     ours, twin = Life(), Life()
     for life in (ours, twin):

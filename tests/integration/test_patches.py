@@ -21,7 +21,7 @@ from ..helpers.pipelines import build
 BEFORE_THE_FIRST_IMPORT = """
     import sys, torch
     from diffusers.models import attention_processor, embeddings
-    from ipa_kernels import tiny
+    from ipa_kernels.testing import tiny_pipelines as tiny
 
     kind = {kind}
     own = kind.{name}
