@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, MethodType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from torch._dynamo.decorators import disable
 from torch._dynamo.eval_frame import skip_code
 
 from ..ops import UnsupportedError
-from ..report import GraphReport
 from . import attention_layers, image_projection, steps
 from .eligibility import expects_adapter, foreign_reason
 from .processors import unet as families
@@ -35,25 +34,6 @@ class Options(NamedTuple):
     cache: bool = True
 
 
-class Graphs(Protocol):
-    """The graphs of a UNet (`ipa_kernels.graphs`, which is above)."""
-
-    @staticmethod
-    def takes(device: Any) -> bool:
-        """Whether steps on a device can be captured."""
-
-    def step(
-        self, state: "ModelState", unet: Any, forward: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> Any:
-        """Run a step, in a graph where there is one or will be."""
-
-    def report(self) -> GraphReport:
-        """What was captured and replayed."""
-
-    def drop(self) -> None:
-        """Forget every graph."""
-
-
 class ModelState:
     """The state of an enabled UNet.
 
@@ -71,7 +51,7 @@ class ModelState:
         self.blocks: list[list[Options]] = []
         self.handles: list[Any] = []
         self.buffers: Buffers | None = None
-        self.graphs: Graphs | None = None
+        self.graphs: steps.Graphs[ModelState] | None = None
         self.turn = Turn()
         self.unread = ""
         self.steps: list[steps.Step] = []

@@ -4,11 +4,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from ..report import GraphReport
 from . import step_lock
 
 # the first parameters of every UNet's forward
@@ -34,6 +35,28 @@ class Step(NamedTuple):
     def is_of_this_thread(self) -> bool:
         """Whether the caller's thread runs it."""
         return self.thread is threading.current_thread()
+
+
+S = TypeVar("S", contravariant=True)
+
+
+class Graphs(Protocol[S]):
+    """The CUDA graphs of a UNet (`ipa_kernels.graphs`, the room above), as the hooks around its steps know them."""
+
+    @staticmethod
+    def takes(device: Any) -> bool:
+        """Whether steps on a device can be captured."""
+
+    def step(
+        self, state: S, unet: Any, forward: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        """Run a step of the UNet, in a graph where there is one or will be. state: what `enable` left on the UNet."""
+
+    def report(self) -> GraphReport:
+        """What was captured and replayed."""
+
+    def drop(self) -> None:
+        """Forget every graph."""
 
 
 class _Thread(threading.local):
