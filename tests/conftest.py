@@ -2,8 +2,9 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,3 +77,22 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
             return tensor.fill_(float("nan")) if tensor.dtype.is_floating_point and not tensor.is_meta else tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Captures on the CPU, as `helpers.recorder.Recorder`; `runs` of each counts its replays."""
+    from ipa_kernels.graphs import cuda_graphs
+
+    from .helpers.recorder import Recorder, record, stand_in
+
+    found: list[Recorder] = []
+
+    def capture(run: Callable[[], Any], *_: Any) -> tuple[Callable[[], None], Any]:
+        recorder, outputs = record(run)
+        found.append(recorder)
+        return recorder.replay, outputs
+
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    stand_in(monkeypatch)
+    return found

@@ -21,44 +21,11 @@ from ipa_kernels.graphs import cuda_graphs
 from ipa_kernels.integration import static_storage
 
 from ..helpers.adapters import load
+from ..helpers.compiled import MASKED, PLAIN, as_stock, step_with_loras
 from ..helpers.controls import Control, binary
 from ..helpers.generate import arguments, generate
 from ..helpers.pipelines import build
-from ..helpers.recorder import Recorder, record
-from ..integration.test_compiled import MASKED, PLAIN, as_stock
-from ..integration.test_preparation import step_with_loras
-
-
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
-    """Captures on the CPU; `runs` of each counts its replays."""
-    found: list[Recorder] = []
-
-    def capture(run: Callable[[], Any], *_: Any) -> tuple[Callable[[], None], Any]:
-        recorder, outputs = record(run)
-        found.append(recorder)
-        return recorder.replay, outputs
-
-    monkeypatch.setattr(cuda_graphs, "capture", capture)
-    stand_in(monkeypatch)
-    return found
-
-
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the CPU for a GPU."""
-    monkeypatch.setattr(cuda_graphs.Graphs, "takes", staticmethod(lambda device: True))
-    monkeypatch.setattr(cuda_graphs.Room, "on", lambda device: None)
-
-
-def runs(recorded: list[Recorder]) -> list[int]:
-    return [recorder.runs for recorder in recorded]
-
-
-def pair(kind: str = "sd", names: tuple[str, ...] = ("base", "plus")) -> tuple[Any, Any]:
-    """A graphed pipeline and a stock twin."""
-    graphed, twin = build(kind, names), build(kind, names)
-    ipa_kernels.graphed(graphed)
-    return graphed, twin
+from ..helpers.recorder import Recorder, pair, runs, stand_in
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "animatediff", "kolors", "controlnet", "t2i-adapter", "lcm", "pag"])

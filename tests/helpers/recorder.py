@@ -3,10 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import ipa_kernels
+from ipa_kernels.graphs import cuda_graphs
+
+from .pipelines import build
 
 
 class Recorder(TorchDispatchMode):
@@ -46,3 +52,20 @@ def record(run: Callable[[], Any]) -> tuple[Recorder, Any]:
         if isinstance(leaf, Tensor):
             leaf.fill_(float("nan"))
     return recorder, outputs
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the CPU for a GPU."""
+    monkeypatch.setattr(cuda_graphs.Graphs, "takes", staticmethod(lambda device: True))
+    monkeypatch.setattr(cuda_graphs.Room, "on", lambda device: None)
+
+
+def runs(recorded: list[Recorder]) -> list[int]:
+    return [recorder.runs for recorder in recorded]
+
+
+def pair(kind: str = "sd", names: tuple[str, ...] = ("base", "plus")) -> tuple[Any, Any]:
+    """A graphed pipeline and a stock twin."""
+    graphed, twin = build(kind, names), build(kind, names)
+    ipa_kernels.graphed(graphed)
+    return graphed, twin

@@ -11,30 +11,12 @@ from torch import Tensor
 import ipa_kernels
 
 from ..helpers.adapters import load
-from ..helpers.controls import Control, binary
+from ..helpers.compiled import MASKED, PLAIN, as_stock, blocks, close, in_place, whole
+from ..helpers.controls import Control
 from ..helpers.generate import generate
 from ..helpers.pipelines import build
 
 KINDS = ("sd", "sdxl", "animatediff", "kolors")
-STYLE = {"down": {"block_0": [0.0]}, "up": {"block_1": [0.4, 0.9]}}
-
-PLAIN = [
-    Control(),
-    Control(scales=lambda n: [0.0] * n),
-    Control(scales=lambda n: [1] * n),
-    Control(scales=lambda n: [-0.3 - i for i in range(n)]),
-    Control(scales=lambda n: [0] * n),
-    Control(scales=lambda n: [1.0, *[0.0] * (n - 1)]),
-    Control(scales=lambda n: [STYLE] * n),
-    Control(),
-]
-MASKED = [
-    Control(masks=lambda n, rows: [binary(seed=i) for i in range(n)]),
-    Control(masks=lambda n, rows: [binary(seed=7 + i) for i in range(n)], scales=lambda n: [[0.25]] * n),
-    Control(masks=lambda n, rows: [binary(seed=i) for i in range(n)], scales=lambda n: [0.0] * n),
-    Control(masks=lambda n, rows: [binary(seed=7 + i) for i in range(n)], scales=lambda n: [[0]] * n),
-    Control(masks=lambda n, rows: [binary(seed=1 + i) for i in range(n)], scales=lambda n: [1] * n),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -42,34 +24,6 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def whole(pipe: Any, **options: Any) -> None:
-    pipe.unet = torch.compile(pipe.unet, fullgraph=True, **options)
-
-
-def in_place(pipe: Any, **options: Any) -> None:
-    pipe.unet.compile(fullgraph=True, **options)
-
-
-def blocks(pipe: Any, **options: Any) -> None:
-    pipe.unet.compile_repeated_blocks(fullgraph=True, **options)
-
-
-def as_stock(compiled: Any, twin: Any, names: tuple[str, ...], control: Control, seed: int = 1, size: int = 8) -> None:
-    """One generation of both; the twin is never enabled or compiled."""
-    outcomes = []
-    for pipe in (twin, compiled):
-        if names:
-            pipe.set_ip_adapter_scale(control.scales(len(names)))
-        outcomes.append(generate(pipe, names, control, seed=seed, size=size))
-    close(outcomes[1], outcomes[0])
-
-
-def close(result: Tensor, expected: Tensor) -> None:
-    """Within the error of float32 through two steps of a UNet."""
-    error = (result - expected).abs().max() / expected.abs().max()
-    assert error < 2e-5, f"relative error {error}"
 
 
 SLOW = (("sdxl", 1), ("animatediff", 1), ("animatediff", 2), ("kolors", 1), ("kolors", 2))

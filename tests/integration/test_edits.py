@@ -8,15 +8,12 @@ import torch
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from ..graphs.test_cuda_graphs import pair, recorded, runs
+from ..helpers.compiled import close, prepare
 from ..helpers.generate import generate
 from ..helpers.pipelines import build
-from ..helpers.recorder import Recorder
-from .test_compiled import close
-from .test_preparation import prepare
+from ..helpers.recorder import Recorder, pair, runs
 
 BOTH = ("base", "plus")
-__all__ = ["recorded"]
 
 
 @pytest.fixture(autouse=True)

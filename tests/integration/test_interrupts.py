@@ -13,10 +13,9 @@ import ipa_kernels
 from ipa_kernels.integration import hooks, steps
 from ipa_kernels.integration.static_storage import Buffers
 
+from ..helpers.compiled import Stream, blocks, close, in_place, prepare, whole
 from ..helpers.generate import generate
 from ..helpers.pipelines import build
-from .test_compiled import blocks, close, in_place, whole
-from .test_preparation import Stream, prepare
 
 NAMES = ("base",)
 

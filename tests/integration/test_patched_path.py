@@ -20,15 +20,12 @@ from torch import nn
 import ipa_kernels
 from ipa_kernels.integration import hooks
 
-from ..graphs.test_cuda_graphs import recorded
+from ..helpers.compiled import close, prepare
 from ..helpers.generate import generate
 from ..helpers.pipelines import build
 from ..helpers.recorder import Recorder
-from .test_compiled import close
-from .test_preparation import prepare
 
 NAMES = ("base",)
-__all__ = ["recorded"]
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,13 +20,11 @@ from ipa_kernels.integration.state import is_traced_or_captured
 from ipa_kernels.integration.static_storage import Buffers
 
 from ..helpers.adapters import load
+from ..helpers.compiled import BOTH, MASKED, PLAIN, Stream, as_stock, prepare, step_with_loras, whole
 from ..helpers.controls import Control, binary
 from ..helpers.generate import arguments, generate, outcome, same
 from ..helpers.pipelines import build
 from ..helpers.steady import NEVER
-from .test_compiled import MASKED, PLAIN, as_stock, whole
-
-BOTH = ("base", "plus")
 
 
 @pytest.fixture(autouse=True)
@@ -35,10 +32,6 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def prepare(pipe: Any, names: tuple[str, ...] = BOTH, control: Control | None = None, **options: Any) -> ipa_kernels.Report:
-    return ipa_kernels.prepare(pipe, **arguments(pipe, names, control, **options))
 
 
 def buffers(pipe: Any) -> Any:
@@ -317,18 +310,6 @@ def test_a_prompt_that_someone_changes_on_the_way(place: Any) -> None:
         prepare(compiled, ("base",))
 
 
-def step_with_loras(pipe: Any, scale: float) -> Tensor:
-    """A step of the UNet alone: the pipeline would look for LoRAs of a text encoder."""
-    random = torch.Generator().manual_seed(0)
-    noise, text = (torch.randn(shape, generator=random) for shape in ((2, 4, 8, 8), (2, 77, 64)))
-    options = {
-        "added_cond_kwargs": {"image_embeds": [torch.randn(2, 1, 32, generator=random)]},
-        "cross_attention_kwargs": {"scale": scale},
-    }
-    with torch.no_grad():
-        return pipe.unet(noise, 5, text, **options).sample
-
-
 def test_the_scale_of_loras() -> None:
     compiled, twin = pair("sd", ("base",))
     for pipe in (compiled, twin):
@@ -481,20 +462,6 @@ def test_another_thread_runs_as_ever_while_a_graph_is_recorded() -> None:
     handle.remove()
     assert not is_traced_or_captured(state.context)
     assert same(found[0], expected)
-
-
-class Stream:
-    """A CUDA stream, as what it knows to be through."""
-
-    def __init__(self, number: int) -> None:
-        self.cuda_stream = number
-        self.through: set[Any] = set()
-
-    def wait_event(self, event: Any) -> None:
-        self.through |= event.through
-
-    def record_event(self) -> Any:
-        return SimpleNamespace(through=set(self.through), synchronize=lambda: None)
 
 
 def test_what_graphs_read_is_written_after_all_steps_on_other_streams(monkeypatch: pytest.MonkeyPatch) -> None:

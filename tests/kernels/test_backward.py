@@ -18,8 +18,7 @@ from ipa_kernels.kernels.specialization_backward import Wanted, backward_source
 from ipa_kernels.ops import dispatch
 from ipa_kernels.testing.layer_cases import Inputs
 
-from .test_forward import DTYPES, island, random_inputs
-from .test_launch import Recorder, leaves
+from ..helpers.kernel_inputs import DTYPES, Recorder, island, leaves, random_inputs
 
 ENOUGH = 1000
 """The least number of values of which the statistics of errors say something."""

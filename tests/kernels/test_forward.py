@@ -16,7 +16,8 @@ from torch import Tensor
 from ipa_kernels import decoupled_attention, reference
 from ipa_kernels.testing.layer_cases import CASES, Inputs
 
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+from ..helpers.kernel_inputs import DTYPES, fresh_seed, random_inputs
+
 HEAD_DIMS = [8, 24, 40, 64, 80, 88, 128, 160, 256]
 QUERIES = [63, 65, 100]
 KEYS = [1, 4, 15, 16, 17, 77, 81, 154, 257, 600]
@@ -25,42 +26,6 @@ KEYS = [1, 4, 15, 16, 17, 77, 81, 154, 257, 600]
 # Rows of queries in a comparison: errors of one row are correlated.
 ROWS = 500
 ROWS_OF_ONE_QUERY = 64
-
-
-def fresh_seed() -> int:
-    """Another one in every call, the same ones in every run (see `conftest.SEED`)."""
-    return int(torch.randint(2**31, ()))
-
-
-def island(values: Tensor) -> Tensor:
-    """The same values as [B, H, N, D], stored [B, N, H, D] as a window into memory that is NaN all around."""
-    batch, heads, length, head_dim = values.shape
-    sea = torch.full((batch + 1, length + 3, heads + 1, head_dim + 8), float("nan"), dtype=values.dtype, device=values.device)
-    view = sea[:batch, 1 : length + 1, :heads, :head_dim]
-    view.copy_(values.transpose(1, 2))
-    return view.transpose(1, 2)
-
-
-def random_inputs(
-    batch: int, heads: int, queries: int, head_dim: int, lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device,
-    *, masked: bool = True,
-) -> Inputs:  # fmt: skip
-    generator = torch.Generator().manual_seed(fresh_seed())
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    def weights(*shape: int) -> Tensor:
-        # of either sign, and all of a size: a few rows that outweigh the others would make a small sample of many
-        size = torch.empty(shape).uniform_(0.5, 1.5, generator=generator)
-        return (size * torch.randn(shape, generator=generator).sign()).bfloat16().to(device)
-
-    keys = [island(normal(batch, heads, n, head_dim)) for n in lengths]
-    values = [island(normal(batch, heads, n, head_dim)) for n in lengths]
-    scales = weights(batch, len(lengths) - 1).float()
-    masks = tuple(weights(batch, queries).to(dtype) if masked and i % 2 == 0 else None for i in range(len(lengths) - 1))
-    query = island(normal(batch, heads, queries, head_dim))
-    return Inputs(query, keys[0], values[0], tuple(keys[1:]), tuple(values[1:]), scales, masks)
 
 
 def compare(inputs: Inputs, *, copies: int = 1, **options: float) -> tuple[Tensor, reference.Comparison]:

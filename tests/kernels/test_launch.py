@@ -4,7 +4,7 @@ import itertools
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,28 +20,10 @@ from ipa_kernels.kernels.launch_table import INTERPRETED
 from ipa_kernels.kernels.specialization import source, specialize
 from ipa_kernels.kernels.specialization_backward import Wanted
 
+from ..helpers.kernel_inputs import Recorder, leaves
+
 CPU = torch.device("cpu")
 OP = sys.modules["ipa_kernels.ops.api"]
-
-
-class Recorder:
-    """In the place of a compiled kernel: keeps what it is launched with."""
-
-    def __init__(self) -> None:
-        self.launches: list[tuple[tuple[int, ...], tuple[Any, ...]]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *arguments: self.launches.append((grid, arguments))
-
-
-def leaves(types: Any, values: Any, constants: dict[tuple[int, ...], Any], path: tuple[int, ...] = ()) -> Iterator[Any]:
-    """(type, value, constant or None) for each argument of a signature, tuples unpacked."""
-    for i, (kind, value) in enumerate(zip(types, values, strict=True)):
-        here = (*path, i)
-        if isinstance(kind, tuple):
-            yield from leaves(kind, value, constants, here)
-        else:
-            yield kind, value, constants.get(here)
 
 
 @pytest.mark.parametrize("images", [(), (4,), (16, 257, 4)], ids=str)

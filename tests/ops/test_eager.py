@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from ipa_kernels import decoupled_attention, reference
 from ipa_kernels.testing.layer_cases import CASES, Case, Inputs
 
-from ..kernels.test_forward import fresh_seed
+from ..helpers.kernel_inputs import fresh_seed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from .test_imports import run as run_alone
+from ..helpers.fresh_interpreter import run as run_alone
 
 HOUSE = Path(__file__).parents[2]
 CI = (HOUSE / ".github" / "workflows" / "ci.yml").read_text()
