@@ -36,7 +36,7 @@ from ipa_kernels.ops.api import choose
 from ipa_kernels.ops.validation import check_arguments
 from ipa_kernels.report import plural
 from ipa_kernels.testing.layer_cases import CASES, Case
-from ipa_kernels.testing.unet_models import MODELS, Inputs, Model, build, clone, load
+from ipa_kernels.testing.unet_models import MODELS, Model, UNetInputs, build, clone, load
 
 from .peers import sdpa, stock_order
 
@@ -138,7 +138,9 @@ def measure_core(case: Case, wanted: str, dtype: torch.dtype, device: torch.devi
 class Step:
     """Forward and backward of a UNet with one adapter, whose parameters are trained; the rest is frozen."""
 
-    def __init__(self, base: Any, inputs: Inputs, dtype: torch.dtype, enabled: bool, checkpointing: bool, impl: str) -> None:
+    def __init__(
+        self, base: Any, inputs: UNetInputs, dtype: torch.dtype, enabled: bool, checkpointing: bool, impl: str
+    ) -> None:
         self.unet = clone(base)
         if checkpointing:
             self.unet.enable_gradient_checkpointing()
@@ -175,7 +177,7 @@ def trainable(model: Model, dtype: torch.dtype, device: torch.device) -> Any:
 def measure_model(model: Model, dtype: torch.dtype, device: torch.device, impl: str, rounds: int) -> list[dict[str, Any]]:
     """One row per candidate: the gate, then times and memory of all that passed it, in turns."""
     base = trainable(model, dtype, device)
-    inputs = Inputs(model, 1, False, dtype, device)
+    inputs = UNetInputs(model, 1, False, dtype, device)
     truth = in_float64(base, inputs, _truth, room=6)
     rows: dict[str, dict[str, Any]] = {}
     steps: dict[str, Step] = {}
@@ -210,7 +212,7 @@ def measure_model(model: Model, dtype: torch.dtype, device: torch.device, impl: 
     return list(rows.values())
 
 
-def _truth(unet: Any, inputs: Inputs) -> Tensor:
+def _truth(unet: Any, inputs: UNetInputs) -> Tensor:
     """The gradients of a UNet in float64, by stock's code."""
     step = Step(unet, inputs, torch.float64, False, False, "auto")
     step.cotangent = step.cotangent.double()

@@ -37,7 +37,7 @@ from ipa_kernels.benchmarking.machine import machine_facts
 from ipa_kernels.benchmarking.timing import first_line, gate, interleaved
 from ipa_kernels.benchmarking.unet_step import VARIANTS, compared_in_float64
 from ipa_kernels.cli.tables import table
-from ipa_kernels.testing.unet_models import MODELS, Inputs, Model, build, clone, load
+from ipa_kernels.testing.unet_models import MODELS, Model, UNetInputs, build, clone, load
 
 MODES = {"eager": "eager", "graphed": "eager", "compiled": "compiled", "prepared": "compiled"}
 """The modes, each with the mode of the stock step that it is compared with."""
@@ -46,7 +46,7 @@ MODES = {"eager": "eager", "graphed": "eager", "compiled": "compiled", "prepared
 class Pipeline:
     """As much of a diffusers pipeline as `prepare` needs: a call of it begins with a step of its UNet."""
 
-    def __init__(self, unet: Any, inputs: Inputs) -> None:
+    def __init__(self, unet: Any, inputs: UNetInputs) -> None:
         self.unet = unet
         self.inputs = inputs
         self._progress_bar_config: dict[str, Any] = {}
@@ -64,7 +64,7 @@ class Pipeline:
 class Candidate(unet_step.Candidate):
     """One way to run a variant, in a mode."""
 
-    def __init__(self, variant: str, enabled: bool, mode: str, base: Any, inputs: Inputs) -> None:
+    def __init__(self, variant: str, enabled: bool, mode: str, base: Any, inputs: UNetInputs) -> None:
         super().__init__(variant, enabled, base, inputs)
         self.mode = mode
         if mode == "graphed":
@@ -106,7 +106,7 @@ def measure_model(
             with_adapters[adapters] = clone(plain)
             load(with_adapters[adapters], model, adapters)
         base = with_adapters[adapters]
-        inputs = Inputs(model, adapters, masked, dtype, device)
+        inputs = UNetInputs(model, adapters, masked, dtype, device)
         truth = compared_in_float64(base, inputs) if adapters else None
         expected: dict[str, Tensor] = {}
         for mode, enabled in itertools.product(modes, (False, True)):

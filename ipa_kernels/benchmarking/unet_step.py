@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..integration.api import enable, explain
-from ..testing.unet_models import Inputs, Model, build, clone, load
+from ..testing.unet_models import Model, UNetInputs, build, clone, load
 from .timing import first_line, gate, interleaved, peak_bytes
 
 VARIANTS = {"none": (0, False), "one": (1, False), "one masked": (1, True), "three": (3, False), "three masked": (3, True)}
@@ -29,7 +29,7 @@ class Candidate:
     It has modules of its own around the parameters of `base`, so that nothing is switched between calls.
     """
 
-    def __init__(self, variant: str, enabled: bool, base: Any, inputs: Inputs) -> None:
+    def __init__(self, variant: str, enabled: bool, base: Any, inputs: UNetInputs) -> None:
         self.variant = variant
         self.state = "enabled" if enabled else "stock"
         self.unet = clone(base)
@@ -63,7 +63,7 @@ class Candidate:
         return row
 
 
-def in_float64(base: Any, inputs: Inputs, run: Callable[[Any, Inputs], Tensor], room: int) -> Tensor | None:
+def in_float64(base: Any, inputs: UNetInputs, run: Callable[[Any, UNetInputs], Tensor], room: int) -> Tensor | None:
     """What `run` returns of a UNet and its inputs in float64, by stock's code; None where it does not fit beside the rest.
 
     room: what it takes, in units of the weights in float64.
@@ -79,7 +79,7 @@ def in_float64(base: Any, inputs: Inputs, run: Callable[[Any, Inputs], Tensor], 
         return None
 
 
-def compared_in_float64(base: Any, inputs: Inputs) -> Tensor | None:
+def compared_in_float64(base: Any, inputs: UNetInputs) -> Tensor | None:
     """The truth of the step that is compared; None where it does not fit."""
     return in_float64(base, inputs, lambda unet, inputs: inputs.step(unet, COMPARED), room=3)
 
@@ -100,7 +100,7 @@ def measure(
         if adapters not in bases:
             bases[adapters] = clone(plain)
             load(bases[adapters], model, adapters)
-        base, inputs = bases[adapters], Inputs(model, adapters, masked, dtype, device, side)
+        base, inputs = bases[adapters], UNetInputs(model, adapters, masked, dtype, device, side)
         stock = Candidate(variant, False, base, inputs)
         expected = stock.compared()
         runs[stock.name], rows[stock.name] = stock, stock.row()

@@ -148,7 +148,7 @@ def expects_adapter(name: str) -> bool:
 
 
 def foreign_reason(processor: object, expected: bool) -> str | None:
-    """Why a processor is not taken over, or None where it can be, or where no IP-Adapter's is expected."""
+    """Why a processor is not installed, or None where it can be, or where no IP-Adapter's is expected."""
     kind = type(processor)
     if kind in ADAPTERS or isinstance(processor, Installed) or not (expected or is_adapter(processor)):
         return None

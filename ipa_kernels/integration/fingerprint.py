@@ -47,7 +47,7 @@ class Fingerprint:
     def _attributes(self, own: dict[str, Any]) -> None:
         self._sizes.append((own, len(own)))
         for name, value in own.items():
-            # the scales of a layer that was taken over are data of a graph
+            # the scales of a layer that was installed are data of a graph
             if name in _SKIPPED or (name == "scale" and "_ipa_layer" in own):
                 continue
             if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""What `enable` leaves on a UNet: one attribute and two hooks, which take over what is loaded later and open the memory."""
+"""What `enable` leaves on a UNet: one attribute and two hooks, which install what is loaded later and open the memory."""
 
 import sys
 import threading
@@ -18,7 +18,7 @@ from . import attention_layers, image_projection, steps
 from .eligibility import expects_adapter, foreign_reason
 from .processors import unet as families
 from .state import Layer, ModelContext, layer_of
-from .static_storage import Buffers, Inputs
+from .static_storage import Buffers, StepInputs
 from .step_lock import Turn
 
 _STATE = "_ipa_kernels"
@@ -153,9 +153,9 @@ class ModelState:
             return "a step of another thread began before there were buffers, and runs still"
         if len(arguments) > len(steps.NAMES):
             return f"more than {len(steps.NAMES)} positional arguments of the UNet; pass keywords"
-        inputs = Inputs.of(step)
+        inputs = StepInputs.of(step)
         if inputs is None:
-            return str(Inputs.refusal(step))
+            return str(StepInputs.refusal(step))
         graphs = self.graphs
         if graphs is not None and not follows and graphs.takes(inputs.sample.device):
             refusal = self._renew(unet, inputs)
@@ -179,7 +179,7 @@ class ModelState:
         self.context.is_stepping = True
 
     def layers(self) -> list[Layer]:
-        """What the processors that were taken over remember, in the order of the modules."""
+        """What the installed processors remember, in the order of the modules."""
         found = (layer_of(attention.processor) for attention in self.attention_layers.attentions.values())
         return [layer for layer in found if layer is not None]
 
@@ -218,7 +218,7 @@ class ModelState:
         for step in [step for step in list(self.steps) if not step.is_running]:
             self._close(step)
 
-    def _renew(self, unet: nn.Module, inputs: Inputs) -> str:
+    def _renew(self, unet: nn.Module, inputs: StepInputs) -> str:
         """A generation begins, to be captured: buffers of its sizes, where those that are there do not fit. Why not, if so."""
         buffers = self.buffers
         if torch.is_grad_enabled() or (buffers is not None and buffers.are_current() and buffers.mismatch(inputs) is None):

@@ -1,6 +1,6 @@
 """What a UNet projects before its layers: image tokens (`MultiIPAdapterImageProjection`), and the text of Kolors.
 
-Both are taken over like the processors, by class, and remember their output for as long as their input lives. The subclasses
+Both are installed like the processors, by class, and remember their output for as long as their input lives. The subclasses
 have the names of what they replace; a copy or a pickle is diffusers' or torch's own.
 """
 
@@ -192,7 +192,7 @@ def uninstall(module: nn.Module) -> None:
 
 
 def state_with_ours(modules: list[nn.Module]) -> State | None:
-    """`pure_state` of modules among which are projections that were taken over."""
+    """`pure_state` of modules among which are projections that were installed."""
     return state_of(modules, _known_or_ours)
 
 

@@ -14,7 +14,7 @@ from .state import Layer, ModelContext, layer_of
 def install(
     module: nn.Module, kind: type, context: ModelContext, undo: list[Callable[[], None]], layer: Layer | None = None
 ) -> None:
-    """Make a module one of class `kind` in this session.
+    """Make a module one of class `kind`, for the UNet of this context.
 
     undo: gets what reverts that, before anything is changed. layer: what a processor remembers; None for a projection.
     """

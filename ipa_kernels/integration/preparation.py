@@ -89,12 +89,12 @@ def _check_names(pipe: Any, arguments: dict[str, Any]) -> None:
 
 def _fill(state: "ModelState", unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
     """New buffers, or those that are there with new contents; then the kernels."""
-    from .static_storage import Buffers, Inputs
+    from .static_storage import Buffers, StepInputs
 
     step = steps.named(given, options)
-    inputs = Inputs.of(step)
+    inputs = StepInputs.of(step)
     if inputs is None:
-        raise ValueError(Inputs.refusal(step))
+        raise ValueError(StepInputs.refusal(step))
     stream = steps.stream_of(inputs.sample)
     state.turn.take()
     before = buffers = state.buffers

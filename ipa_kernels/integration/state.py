@@ -20,7 +20,7 @@ _NOT_THE_USERS = {"ipa_kernels", "diffusers", "torch", "accelerate", "contextlib
 
 
 class ModelContext:
-    """Shared by what was taken over in one UNet: the options, the reasons warned about, the memory, and the modules.
+    """Shared by what was installed in one UNet: the options, the reasons warned about, the memory, and the modules.
 
     is_stepping: whether a step runs whose scales are in the tables; is_prepared: whether what the layers hold is what the step
     that runs was given.

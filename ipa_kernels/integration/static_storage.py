@@ -20,7 +20,7 @@ from .processors import branches
 from .state import Held, Layer, layer_of
 
 
-class Inputs(NamedTuple):
+class StepInputs(NamedTuple):
     """What a step of a UNet was given that stays the same during a generation.
 
     text [B, N, C]; images: embeddings of each adapter, as `added_cond_kwargs["image_embeds"]`; masks: None or an entry for each
@@ -33,7 +33,7 @@ class Inputs(NamedTuple):
     sample: Tensor
 
     @classmethod
-    def of(cls, named: dict[str, Any]) -> "Inputs | None":
+    def of(cls, named: dict[str, Any]) -> "StepInputs | None":
         """From the arguments of a UNet's forward by name; None where there is a `refusal`."""
         return None if cls.refusal(named) is not None else cls(*_read(named))
 
@@ -64,7 +64,7 @@ class Inputs(NamedTuple):
 
 
 def _read(named: dict[str, Any]) -> tuple[Any, ...]:
-    """What `Inputs` are made of, of whatever kind."""
+    """What `StepInputs` are made of, of whatever kind."""
     images = (named.get("added_cond_kwargs") or {}).get("image_embeds")
     masks = (named.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
     return named.get("encoder_hidden_states"), images, masks, named.get("sample")
@@ -73,12 +73,12 @@ def _read(named: dict[str, Any]) -> tuple[Any, ...]:
 class Buffers:
     """The buffers of one UNet. Whoever reads or changes them holds the turn of its `ModelState`.
 
-    places: the attention layers of the UNet by name, and the modules on the way to them. Raises ValueError where none of the
-    layers was taken over, or where something else takes part in a call of one of those: it may change what a layer is given, or
+    attention_layers: of the UNet by name, and the modules on the way to them. Raises ValueError where none of the
+    layers was installed, or where something else takes part in a call of one of those: it may change what a layer is given, or
     where weights are.
     """
 
-    def __init__(self, unet: Any, attention_layers: AttentionLayers, inputs: Inputs) -> None:
+    def __init__(self, unet: Any, attention_layers: AttentionLayers, inputs: StepInputs) -> None:
         self._unet = unet
         self._attention_layers = attention_layers
         self._layers = list(_layers(attention_layers))
@@ -113,7 +113,7 @@ class Buffers:
         tensors += [vector for vectors in self._sizes.values() for vector in vectors if vector is not None]
         return sum(tensor.nbytes for tensor in tensors)
 
-    def mismatch(self, inputs: Inputs) -> str | None:
+    def mismatch(self, inputs: StepInputs) -> str | None:
         """What does not fit, in words; None where all does."""
         for name, value in _signature(inputs).items():
             if value != self._signature[name]:
@@ -126,7 +126,7 @@ class Buffers:
             attention.processor is processor and layer_of(processor) is layer for attention, processor, layer in self._layers
         )
 
-    def fit(self, inputs: Inputs, anew: bool) -> str:
+    def fit(self, inputs: StepInputs, anew: bool) -> str:
         """Have them hold what the step that begins was given. "" where it may read them, else why not.
 
         anew: compute everything again, whatever is known.
@@ -147,7 +147,7 @@ class Buffers:
             self._fill_masks(inputs)
         return ""
 
-    def refill(self, inputs: Inputs) -> None:
+    def refill(self, inputs: StepInputs) -> None:
         """Compute everything again, whatever is known. Raises ValueError as for new buffers."""
         self._refuse_obstacle()
         self._fill(inputs)
@@ -179,7 +179,7 @@ class Buffers:
         for _, _, layer in self._layers:
             layer.held = None
 
-    def _compute(self, inputs: Inputs) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    def _compute(self, inputs: StepInputs) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """For each layer the projected (key, value) of each branch."""
         with torch.no_grad():
             text, images = _layer_inputs(self._unet, inputs)
@@ -187,7 +187,7 @@ class Buffers:
                 found = branches.projections(processor, attention, text, images, branches.image_counts(_masks(inputs)))
                 yield [(_rows(to_k(tokens)), _rows(to_v(tokens))) for tokens, to_k, to_v in found]
 
-    def _fill(self, inputs: Inputs) -> None:
+    def _fill(self, inputs: StepInputs) -> None:
         # forgotten first: what raises in the middle leaves buffers that nobody takes for filled
         self._known, self._state = [], None
         state = self._state_of_all()
@@ -203,7 +203,7 @@ class Buffers:
             self._fill_masks(inputs)
         self._known, self._state = snapshots, state
 
-    def _fill_masks(self, inputs: Inputs) -> None:
+    def _fill_masks(self, inputs: StepInputs) -> None:
         """For every number of queries that a level of the UNet has, now or before; others are computed in the graph."""
         dtype, device = self._held[0].keys[0].dtype, inputs.sample.device
         for queries in sorted(_queries(self._unet, inputs) | self._sizes.keys()):
@@ -216,7 +216,7 @@ class Buffers:
                 if vector is not None and new is not None:
                     vector.copy_(new)
 
-    def _is_known(self, inputs: Inputs) -> bool:
+    def _is_known(self, inputs: StepInputs) -> bool:
         tensors = inputs.tensors()
         if self._state is None or len(tensors) != len(self._known):
             return False
@@ -234,14 +234,14 @@ class Buffers:
 
 
 def _layers(attention_layers: AttentionLayers) -> Iterator[tuple[Any, Any, Layer]]:
-    """(attention, processor, layer) of everything that was taken over."""
+    """(attention, processor, layer) of everything that was installed."""
     for attention in attention_layers.attentions.values():
         layer = layer_of(attention.processor)
         if layer is not None:
             yield attention, attention.processor, layer
 
 
-def _layer_inputs(unet: Any, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
+def _layer_inputs(unet: Any, inputs: StepInputs) -> tuple[Tensor, list[Tensor]]:
     """(text, image tokens of each adapter) as a UNet passes them to its layers: what its forward does before them."""
     if not isinstance(unet, UNetMotionModel):
         given = {"image_embeds": inputs.images}
@@ -250,17 +250,17 @@ def _layer_inputs(unet: Any, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
     return inputs.text, [tokens.repeat_interleave(frames, dim=0) for tokens in unet.encoder_hid_proj(inputs.images)]
 
 
-def _masks(inputs: Inputs) -> list[Any]:
+def _masks(inputs: StepInputs) -> list[Any]:
     return branches.of_adapters(inputs.masks, len(inputs.images))
 
 
-def _queries(unet: Any, inputs: Inputs) -> set[int]:
+def _queries(unet: Any, inputs: StepInputs) -> set[int]:
     """The queries of each level: a level has half the rows and columns of the one above, rounded up."""
     height, width = inputs.sample.shape[-2:]
     return {-(-height // 2**level) * -(-width // 2**level) for level in range(len(unet.config.block_out_channels))}
 
 
-def _signature(inputs: Inputs) -> dict[str, Any]:
+def _signature(inputs: StepInputs) -> dict[str, Any]:
     """What the sizes and dtypes of all buffers follow from, by the names of what a user passes to a pipeline."""
     device = inputs.sample.device.type
     return {

@@ -114,7 +114,7 @@ def stream_of(tensor: Any) -> Any:
 
 @contextmanager
 def capturing(context: object) -> Iterator[None]:
-    """Steps that this thread runs in this block, of the UNet of a session, are those that a CUDA graph is recorded from."""
+    """Steps that this thread runs in this block, of the UNet of a context, are those that a CUDA graph is captured from."""
     _THREAD.capturing.append(context)
     try:
         yield

@@ -138,7 +138,7 @@ def load(unet: Any, model: Model, adapters: int) -> None:
             processor.scale = [SCALE] * adapters
 
 
-class Inputs:
+class UNetInputs:
     """What a pipeline passes in every step of a generation: the same tensors each time, but for the timestep.
 
     side: of the picture in pixels, a multiple of 64; by default what the model was made for.
@@ -169,7 +169,7 @@ class Inputs:
         # a tensor whose elements are passed one after the other, as a scheduler's are
         self.timesteps = torch.arange(999, -1, -1, device=device)
 
-    def double(self) -> "Inputs":
+    def double(self) -> "UNetInputs":
         """The same values in float64; the masks are exact as they are."""
         other = copy.copy(self)
         other.sample, other.text = self.sample.double(), self.text.double()

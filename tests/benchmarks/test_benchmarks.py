@@ -354,7 +354,7 @@ def test_saved_bytes_are_counted_once() -> None:
 
 @pytest.mark.parametrize("mistake", ["off by a thousandth", "another scale", "no adapter"])
 def test_a_red_unet_step_is_not_timed(mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = unet_models.Inputs.step
+    step = unet_models.UNetInputs.step
 
     def wrong(self, unet, i):
         if not ipa_kernels.explain(unet).enabled:
@@ -364,7 +364,7 @@ def test_a_red_unet_step_is_not_timed(mistake: str, tmp_path: Path, monkeypatch:
                 processor.scale = [0.59 if mistake == "another scale" else 0.0]
         return step(self, unet, i) * (1.001 if mistake == "off by a thousandth" else 1)
 
-    monkeypatch.setattr(unet_models.Inputs, "step", wrong)
+    monkeypatch.setattr(unet_models.UNetInputs, "step", wrong)
     file = tmp_path / "unet_step.json"
     monkeypatch.setattr("sys.argv", ["unet_step", "--device", "cpu", "--adapters", "one", "--rounds", "1", "--json", str(file)])
     assert unet_step.main() == 1

@@ -131,7 +131,7 @@ def test_quick(jobs: list[first_image.Job], capsys: pytest.CaptureFixture[str]) 
 def test_a_wrong_step_has_no_time(
     mistake: str, dtype: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = unet_models.Inputs.step
+    right = unet_models.UNetInputs.step
 
     def wrong(self: Any, unet: Any, i: int) -> torch.Tensor:
         if not ipa_kernels.explain(unet).enabled:
@@ -152,7 +152,7 @@ def test_a_wrong_step_has_no_time(
             out[0, 0, 0, 0] = torch.nextafter(out[0, 0, 0, 0], torch.tensor(9.0))
         return out
 
-    monkeypatch.setattr(unet_models.Inputs, "step", wrong)
+    monkeypatch.setattr(unet_models.UNetInputs, "step", wrong)
     monkeypatch.setattr(unet_step, "interleaved", lambda *arguments: pytest.fail("timed behind a red gate"))
     monkeypatch.setattr(first_image, "in_process", lambda *arguments: pytest.fail("started behind a red gate"))
     assert cli.main(["bench", *QUICK, "--dtype", dtype, "--json", "bench.json"]) == 1

@@ -322,7 +322,7 @@ def test_the_scale_of_loras() -> None:
         found, expected = (step_with_loras(pipe, scale) for pipe in (compiled, twin))
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     told = "cross_attention_kwargs: expected no scale of LoRAs, got 0.4; use pipe.set_adapters(name, strength)"
-    assert hooks.Inputs.refusal({"cross_attention_kwargs": {"scale": 0.4}}) == told
+    assert hooks.StepInputs.refusal({"cross_attention_kwargs": {"scale": 0.4}}) == told
 
 
 def test_an_attention_that_was_exchanged() -> None:

@@ -1,6 +1,6 @@
 """UNets: the three IP-Adapter processors of diffusers 0.35.2 to 0.42.1 (`models/attention_processor.py`).
 
-A processor is taken over by changing its class to a subclass that adds no parameter: it stays the same object with the same
+A processor is installed by changing its class to a subclass that adds no parameter: it stays the same object with the same
 weights, and giving the class back undoes it. What a subclass cannot do exactly it hands to the class that it came from.
 
 The subclasses have the names of the classes that they replace: diffusers looks for "IPAdapter", "Added" and "XFormers" in them,
@@ -254,19 +254,19 @@ for _module in (stock, unet_2d_condition, unet_motion_model):
 
 
 def is_new(processor: Any, context: ModelContext) -> bool:
-    """Whether a session has yet to take over this processor: a stock one, or one of another session."""
+    """Whether a processor has yet to be installed for this UNet: a stock one, or one of another UNet's."""
     kind = type(processor)
     return kind in FUSED or (kind in STOCK and context_of(processor) is not context)
 
 
 def context_of(processor: Any) -> ModelContext | None:
-    """The session that a processor belongs to."""
+    """What a processor shares with the others of its UNet."""
     layer = layer_of(processor)
     return None if layer is None else layer.context
 
 
 def install(processor: nn.Module, name: str, context: ModelContext, undo: list[Callable[[], None]]) -> None:
-    """Make a processor one of this session; `undo` gets what reverts that, before anything is changed."""
+    """Install a processor for the UNet of this context; `undo` gets what reverts that, before anything is changed."""
     kind = type(processor)
     patching.install(processor, FUSED.get(kind, kind), context, undo, Layer(name, context))
 
