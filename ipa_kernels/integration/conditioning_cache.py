@@ -126,7 +126,7 @@ class Memory:
     @staticmethod
     @contextmanager
     def suspended() -> Iterator[None]:
-        """Nothing is remembered in this thread, and nothing found: what is computed may be recorded, to be run again."""
+        """Nothing is remembered in this thread, and nothing found: what is computed may be captured, to be run again."""
         before, _ACTIVE.memory = _ACTIVE.memory, None
         try:
             yield
@@ -250,7 +250,7 @@ def _reason_for_none() -> str:
 
 
 def _is_traced() -> bool:
-    """Whether operations are recorded to be run again, where a remembered value would become a constant."""
+    """Whether operations are traced to be run again, where a remembered value would become a constant."""
     traced = torch.jit.is_tracing()  # type: ignore[no-untyped-call]
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     if traced or transformed or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:

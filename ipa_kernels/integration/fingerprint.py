@@ -1,4 +1,4 @@
-"""What a recorded step of a model was recorded from: where its weights are, and the settings that Python code has read."""
+"""What a captured step of a model was captured from: where its weights are, and the settings that Python code has read."""
 
 import operator
 from inspect import ismemberdescriptor

@@ -253,7 +253,7 @@ class ModelState:
 
     @contextmanager
     def captured(self) -> Iterator[None]:
-        """Steps of this thread in this block run as those that a graph is recorded from."""
+        """Steps of this thread in this block run as those that a graph is captured from."""
         with steps.capturing(self.context), self.context.memory.suspended():
             yield
 

@@ -99,7 +99,7 @@ def layer_of(processor: Any) -> Layer | None:
 
 
 def is_traced_or_captured(context: ModelContext) -> bool:
-    """Whether a call is recorded, by a compiler or for a CUDA graph, to be run again with other data."""
+    """Whether a call is traced by a compiler, or captured in a CUDA graph, to be run again with other data."""
     return torch.compiler.is_compiling() or steps.is_capturing(context)
 
 

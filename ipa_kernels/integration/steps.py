@@ -104,7 +104,7 @@ def stop_if_asked(arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
 
 
 def stream_of(tensor: Any) -> Any:
-    """The CUDA stream on which a tensor is computed with now. None on other devices, and while a graph is recorded: before that
+    """The CUDA stream on which a tensor is computed with now. None on other devices, and while a graph is captured: before that
     begins, all else is through.
     """
     if type(tensor) is not Tensor or tensor.device.type != "cuda" or torch.cuda.is_current_stream_capturing():

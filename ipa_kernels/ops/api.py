@@ -100,7 +100,7 @@ def choose(problem: Problem, impl: str) -> tuple[str, list[str]]:
 
 
 def is_traced(problem: Problem) -> bool:
-    """Whether a call is recorded by a compiler, or has no data: then the kernel is one opaque op."""
+    """Whether a call is traced by a compiler, or has no data: then the kernel is one opaque op."""
     return torch.compiler.is_compiling() or is_fake(problem.query)
 
 

@@ -26,7 +26,7 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-SLOW = (("sdxl", 1), ("animatediff", 1), ("animatediff", 2), ("kolors", 1), ("kolors", 2))
+SLOW = (("sdxl", 1), ("sdxl", 2), ("animatediff", 1), ("animatediff", 2), ("kolors", 1), ("kolors", 2))
 """Kinds and numbers of adapters that `make test` leaves to `make test-slow`: others show the same."""
 
 

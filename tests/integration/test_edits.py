@@ -47,8 +47,15 @@ def drawn_with_an_edit(pipe: Any, edit: Callable[[], None] | None) -> Tensor:
     return generate(pipe, BOTH, steps=4, callback_on_step_end=change)
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
-@pytest.mark.parametrize("how", ["compiled", "captured"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        # compiling takes seconds: one quick relative for each weight is captured, and one is compiled
+        pytest.param(name, how, marks=pytest.mark.slow if how == "compiled" and name != "to_k" else ())
+        for name in WEIGHTS
+        for how in ("compiled", "captured")
+    ],
+)
 def test_a_weight_that_a_callback_edits(name: str, how: str, recorded: list[Recorder]) -> None:
     """In place, on a UNet that was prepared."""
     ours, twin = pair() if how == "captured" else (build("sd", BOTH), build("sd", BOTH))

@@ -149,7 +149,7 @@ def _traced_call(
 ) -> Tensor | None:
     """A call in a graph, which runs later and with other data; None where that is for the replaced class.
 
-    No value of a scale is looked at: it would be compiled in. Nothing is counted: this runs once, when the graph is recorded.
+    No value of a scale is looked at: it would be compiled in. Nothing is counted: this runs once, when the graph is traced.
     """
     impl = layer.context.impl
     # where the hook before the step is in the graph too, a scale is what it is for this code: compiled in
