@@ -200,7 +200,7 @@ def test_a_strict_type_checker_sees_every_public_name(
 ) -> None:
     """Of the installed package, with a configuration of the user's; `typed_user` has mistakes in it that must be found."""
     (tmp_path / "mypy.ini").write_text("[mypy]\n")
-    (tmp_path / "user.py").write_text((ROOT / "tests" / "typed_user.py").read_text())
+    (tmp_path / "user.py").write_text((ROOT / "tests" / "project" / "typed_user.py").read_text())
     assert request.config.cache is not None
     options = ("--strict", "--config-file", "mypy.ini", "--cache-dir", request.config.cache.mkdir("mypy"))
     found = run(
