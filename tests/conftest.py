@@ -96,3 +96,11 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(cuda_graphs, "capture", capture)
     stand_in(monkeypatch)
     return found
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Nothing that another test compiled counts here, nor the other way round."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -1,6 +1,6 @@
 """`torch.compile` around an enabled UNet: one graph per shape, nothing compiled anew, nothing stale."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,7 @@ from ..helpers.pipelines import build
 KINDS = ("sd", "sdxl", "animatediff", "kolors")
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 SLOW = (("sdxl", 1), ("sdxl", 2), ("animatediff", 1), ("animatediff", 2), ("kolors", 1), ("kolors", 2))

@@ -1,6 +1,6 @@
 """What is edited between two steps of a generation, or after a step was captured, where graphs read what was prepared."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,11 +16,7 @@ from ..helpers.recorder import Recorder, pair, runs
 BOTH = ("base", "plus")
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def attention(pipe: Any) -> Any:

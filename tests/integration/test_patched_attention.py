@@ -4,7 +4,6 @@ import importlib
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,13 +15,12 @@ from torch import Tensor, nn
 
 import ipa_kernels
 from ipa_kernels import UnsupportedError
-from ipa_kernels.graphs import cuda_graphs
 
 from ..helpers.controls import Control, binary
 from ..helpers.generate import generate
 from ..helpers.patch import STEPS, Patch, impls, run
 from ..helpers.pipelines import build
-from ..helpers.recorder import Recorder, record
+from ..helpers.recorder import Recorder
 
 ATTENTION = "scaled_dot_product_attention"
 MASKED = Control(masks=lambda n, rows: [binary(seed=i) for i in range(n)])
@@ -191,22 +189,6 @@ def test_downsampling_of_masks_replaced(monkeypatch: pytest.MonkeyPatch) -> None
     assert impls(pipe) == {"eager"}, "a step without masks does not call it"
 
 
-@contextmanager
-def recorded_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorder]]:
-    """Captures of `graphed` on the CPU, as in test_graphs.py."""
-    found: list[Recorder] = []
-
-    def capture(run: Callable[[], Any], *_: Any) -> tuple[Callable[[], None], Any]:
-        recorder, outputs = record(run)
-        found.append(recorder)
-        return recorder.replay, outputs
-
-    monkeypatch.setattr(cuda_graphs, "capture", capture)
-    monkeypatch.setattr(cuda_graphs.Graphs, "takes", staticmethod(lambda device: True))
-    monkeypatch.setattr(cuda_graphs.Room, "on", lambda device: None)
-    yield found
-
-
 GRAPHED: dict[str, tuple[Any, str]] = {
     "sdpa": (F, ATTENTION),
     "the processor": (attention_processor.IPAdapterAttnProcessor2_0, "__call__"),
@@ -224,31 +206,32 @@ def patch_name(place: str) -> str:
 
 
 @pytest.mark.parametrize("place", GRAPHED)
-def test_a_graph_is_not_replayed_where_something_is_replaced(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_is_not_replayed_where_something_is_replaced(
+    place: str, recorded: list[Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The replacement may be there to see what it is called with: a replay would not call it."""
     pipe, twin = build("sd", ("base",)), build("sd", ("base",))
     patch = Patch(*GRAPHED[place], monkeypatch)
     control = MASKED if place == "the masks" else Control()
-    with recorded_steps(monkeypatch):
-        ipa_kernels.graphed(pipe)
-        before = generate(pipe, ("base",), control, steps=3)
-        replays = ipa_kernels.explain(pipe).graphs.replays
-        assert replays > 0
-        patch.put()
-        expected, calls = run(twin, patch, ("base",), control, 3)
-        assert not torch.equal(expected, before), "proves nothing"
-        found, ours = run(pipe, patch, ("base",), control, 3)
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-        assert ours >= calls, "buffers are filled before a step too"
-        report = ipa_kernels.explain(pipe).graphs
-        assert report.replays == replays
-        # what is on the way to a layer is said to be in the way of the buffers
-        assert "replaced" in report.reason or f"{patch_name(place)}, which is not torch's" in report.reason
-        patch.remove()
-        for _ in range(2):
-            torch.testing.assert_close(generate(pipe, ("base",), control, steps=3), before, rtol=1e-4, atol=1e-5)
-        assert ipa_kernels.explain(pipe).graphs.replays > replays
-        assert ipa_kernels.explain(pipe).graphs.reason == ""
+    ipa_kernels.graphed(pipe)
+    before = generate(pipe, ("base",), control, steps=3)
+    replays = ipa_kernels.explain(pipe).graphs.replays
+    assert replays > 0
+    patch.put()
+    expected, calls = run(twin, patch, ("base",), control, 3)
+    assert not torch.equal(expected, before), "proves nothing"
+    found, ours = run(pipe, patch, ("base",), control, 3)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert ours >= calls, "buffers are filled before a step too"
+    report = ipa_kernels.explain(pipe).graphs
+    assert report.replays == replays
+    # what is on the way to a layer is said to be in the way of the buffers
+    assert "replaced" in report.reason or f"{patch_name(place)}, which is not torch's" in report.reason
+    patch.remove()
+    for _ in range(2):
+        torch.testing.assert_close(generate(pipe, ("base",), control, steps=3), before, rtol=1e-4, atol=1e-5)
+    assert ipa_kernels.explain(pipe).graphs.replays > replays
+    assert ipa_kernels.explain(pipe).graphs.reason == ""
 
 
 COMPILED: dict[str, tuple[Any, str]] = {

@@ -4,7 +4,7 @@ Buffers of `prepare` are not read then, neither by compiled nor by captured step
 """
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,11 +28,7 @@ from ..helpers.recorder import Recorder
 NAMES = ("base",)
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def changed(options: dict[str, Any]) -> dict[str, Any]:

@@ -26,12 +26,7 @@ from ..helpers.generate import arguments, generate, outcome, same
 from ..helpers.pipelines import build
 from ..helpers.steady import NEVER
 
-
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def buffers(pipe: Any) -> Any:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,7 @@ OP = torch.ops.ipa_kernels.decoupled_attention
 BACKWARD = torch.ops.ipa_kernels.decoupled_attention_backward
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def draw(queries: int = 40, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
