@@ -35,7 +35,8 @@ import ipa_kernels
 from ipa_kernels import reference
 from ipa_kernels.benchmarking.machine import machine_facts
 from ipa_kernels.benchmarking.timing import interleaved
-from ipa_kernels.integration.conditioning_cache import Memory
+from ipa_kernels.integration import steps
+from ipa_kernels.integration.conditioning_cache import ConditioningCache
 from ipa_kernels.integration.processors import unet as processors
 from ipa_kernels.integration.state import ModelContext
 from ipa_kernels.report import plural
@@ -103,15 +104,19 @@ class Layer:
             self.attention.to(self.hidden.dtype)
 
     @contextmanager
-    def enabled(self, impl: str) -> Iterator[Memory]:
+    def enabled(self, impl: str) -> Iterator[ConditioningCache]:
         """In the middle of a generation of an enabled UNet, after its first step; what it remembers."""
         context = ModelContext(impl, cache=True)
         processors.install(self.attention.processor, "layer", context, [])
-        context.memory.enter(999, ())
+        text, images = self.options["encoder_hidden_states"]
+        step = steps.Step(context)
+        with torch.no_grad():
+            step.entry = context.conditioning.open([text, *images, *(self.options["ip_adapter_masks"] or ())], ())
+        steps.enter(step)
         try:
-            yield context.memory
+            yield context.conditioning
         finally:
-            context.memory.leave()
+            steps.leave(step)
             processors.uninstall(self.attention.processor)
 
 

@@ -1,7 +1,7 @@
 """`graphed`: the steps of a UNet as CUDA graphs, without a compiler.
 
-A graph holds addresses and numbers: those of weights, of what `Buffers` keeps, of its own inputs, and whatever Python passed to
-a kernel. It is replayed only while everything that went into it is as it was (`fingerprint`).
+A graph holds addresses and numbers: those of weights, of `StaticStorage`, of its own inputs, and whatever Python passed to
+a kernel. It is replayed only while everything that went into it is as it was (`model_guards`).
 """
 
 import operator
@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..integration.api import enable, explain, unet_of
-from ..integration.fingerprint import Fingerprint, hooked, replaced
+from ..integration.model_guards import ModelGuard, hooked, replaced
 from ..ops import UnsupportedError
 from ..report import GraphReport, Report
 from .unet_call import Call, is_tensor
 
 if TYPE_CHECKING:
     from ..integration.hooks import ModelState
-    from ..integration.static_storage import Buffers
+    from ..integration.static_storage import StaticStorage
 
 GRAPHS = 8
 """The most shapes of steps that are captured for one UNet."""
@@ -72,19 +72,19 @@ def graphed(target: Any) -> Report:
 class Captured(NamedTuple):
     """A graph: what replays it, the tensors that it reads and those that it writes, and what it was captured from.
 
-    tables: the tensors of the scales of each layer, beside what the fingerprint has.
+    tables: the tensors of the scales of each layer, beside what the guard has.
     """
 
     replay: Callable[[], None]
     inputs: list[Tensor]
     outputs: Any
-    fingerprint: Fingerprint
-    buffers: "Buffers | None"
+    guard: ModelGuard
+    static: "StaticStorage | None"
     tables: list[Tensor]
 
     def addresses_are_still(self, state: "ModelState") -> bool:
         """Whether all that it reads is where it was."""
-        if self.buffers is not state.buffers or not self.fingerprint.addresses_are_still():
+        if self.static is not state.static or not self.guard.addresses_are_still():
             return False
         now = _tables(state)
         return len(now) == len(self.tables) and all(map(operator.is_, now, self.tables))
@@ -94,17 +94,17 @@ class Failed(NamedTuple):
     """A shape that could not be captured, why, and of which UNet: while that is as it was, it is not tried again."""
 
     reason: str
-    fingerprint: Fingerprint
+    guard: ModelGuard
 
 
-class Room(NamedTuple):
+class GraphPool(NamedTuple):
     """What all graphs of a UNet share: a stream of its GPU to record on, and memory."""
 
     stream: Any
     pool: Any
 
     @classmethod
-    def on(cls, device: torch.device) -> "Room":
+    def on(cls, device: torch.device) -> "GraphPool":
         """A new one."""
         return cls(torch.cuda.Stream(device), torch.cuda.graph_pool_handle())  # type: ignore[no-untyped-call]
 
@@ -115,7 +115,7 @@ class Graphs:
     def __init__(self) -> None:
         self.replays = 0
         self.reason = ""
-        self._room: Room | None = None
+        self._pool: GraphPool | None = None
         # None: has run once
         self._entries: dict[Hashable, Captured | Failed | None] = {}
 
@@ -128,7 +128,7 @@ class Graphs:
 
     def drop(self) -> None:
         """Forget every graph."""
-        self._entries, self._room = {}, None
+        self._entries, self._pool = {}, None
 
     @staticmethod
     def takes(device: Any) -> bool:
@@ -152,7 +152,7 @@ class Graphs:
             return call.run()
         entry = self._entries.get(key)
         if isinstance(entry, Failed):
-            if entry.fingerprint.addresses_are_still() and entry.fingerprint.matches():
+            if entry.guard.addresses_are_still() and entry.guard.matches():
                 self.reason = entry.reason
                 return call.run()
             del self._entries[key]
@@ -207,17 +207,17 @@ class Graphs:
             # those that are made in inference mode could not be written to outside
             own = [torch.empty_like(leaf).copy_(leaf) if is_tensor(leaf) else leaf for leaf in leaves]
         captured_call = call.given(own, structure)
-        fingerprint = Fingerprint(call.unet)
-        self._room = self._room or Room.on(call.device)
+        guard = ModelGuard(call.unet)
+        self._pool = self._pool or GraphPool.on(call.device)
         try:
             with call.state.captured():
-                replay, outputs = capture(captured_call.run, call.device, self._room)
+                replay, outputs = capture(captured_call.run, call.device, self._pool)
         except Exception as error:
             # what was left unfinished may keep the memory
-            self._room = None
+            self._pool = None
             return self._fail(key, call, error)
         inputs = [leaf for leaf in own if is_tensor(leaf)]
-        self._entries[key] = Captured(replay, inputs, outputs, fingerprint, call.state.buffers, _tables(call.state))
+        self._entries[key] = Captured(replay, inputs, outputs, guard, call.state.static, _tables(call.state))
         replay()
         self.replays += 1
         return pytree.tree_map_only(Tensor, torch.clone, outputs)
@@ -226,13 +226,13 @@ class Graphs:
         """Any other step."""
         if not entry.addresses_are_still(call.state):
             del self._entries[key]
-            self.reason = "weights, modules or buffers have changed since the graph was captured: it is captured anew"
+            self.reason = "weights, modules or static storage have changed since the graph was captured: it is captured anew"
             return self._warm_up(key, call)
         for own, given in zip(entry.inputs, filter(is_tensor, leaves), strict=True):
             own.copy_(given)
         entry.replay()
         # while the GPU works: everything that Python passed on when the graph was captured
-        if not entry.fingerprint.matches():
+        if not entry.guard.matches():
             del self._entries[key]
             self.reason = "settings of a module have changed since the graph was captured: it is captured anew"
             return call.run()
@@ -241,11 +241,11 @@ class Graphs:
 
     def _fail(self, key: Hashable, call: Call, error: Exception) -> Any:
         self.reason = f"the step cannot be captured: {error}; clear_cache(pipe) has it tried again"
-        self._entries[key] = Failed(self.reason, Fingerprint(call.unet))
+        self._entries[key] = Failed(self.reason, ModelGuard(call.unet))
         return call.run()
 
 
-def capture(run: Callable[[], Any], device: torch.device, room: Room) -> tuple[Callable[[], None], Any]:
+def capture(run: Callable[[], Any], device: torch.device, pool: GraphPool) -> tuple[Callable[[], None], Any]:
     """(what replays it, its outputs): `run` as a CUDA graph. The current device and stream are afterwards as before."""
     graph = torch.cuda.CUDAGraph()
     with (
@@ -253,7 +253,7 @@ def capture(run: Callable[[], Any], device: torch.device, room: Room) -> tuple[C
         # torch leaves its own stream behind where a capture cannot be ended
         torch.cuda.stream(torch.cuda.current_stream(device)),
         # other threads may go on using the GPU
-        torch.cuda.graph(graph, pool=room.pool, stream=room.stream, capture_error_mode="thread_local"),
+        torch.cuda.graph(graph, pool=pool.pool, stream=pool.stream, capture_error_mode="thread_local"),
     ):
         outputs = run()
     return graph.replay, outputs

@@ -34,7 +34,7 @@ class Call(NamedTuple):
         return (self.options.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
 
     def run(self) -> Any:
-        """As ever."""
+        """Without a graph."""
         return self.forward(*self.arguments, **self.options)
 
     def warm_up(self) -> Any:
@@ -47,7 +47,7 @@ class Call(NamedTuple):
     def flat(self) -> tuple[list[Any], Any]:
         """The leaves of the arguments and their structure: the timestep as a tensor beside the latents, masks left out.
 
-        A number would stay the same in every replay, and a graph reads what the buffers hold of masks.
+        A number would stay the same in every replay, and a graph reads what the static storage holds of masks.
         """
         named = steps.named(self.arguments, self.options)
         sample, timestep = named["sample"], named["timestep"]

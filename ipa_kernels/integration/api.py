@@ -14,7 +14,7 @@ from torch import nn
 
 from ..ops.api import UnsupportedError, check_impl
 from ..report import CacheReport, LayerReport, Report, plural
-from .conditioning_cache import Memory
+from .conditioning_cache import ConditioningCache
 from .state import layer_of
 
 if TYPE_CHECKING:
@@ -31,10 +31,11 @@ def enable(target: Any, *, impl: str = "auto", cache: bool = True) -> Report:
             later is taken over on the next step.
         impl: "auto" is the kernel where it runs, else eager attention, which is bit for bit stock's; each distinct reason warns
             once (`ipa_kernels.FallbackWarning`). "triton" never falls back. "eager" never uses the kernel.
-        cache: whether to keep what is constant during a generation: keys, values, image tokens, mask vectors. Not seen is an
-            edit in place through `.data` or a NumPy view, which leaves no trace in torch, of a weight, an embedding or a
-            mask: in the middle of a generation, or between two runs of a loop of your own that keeps its embeddings and masks
-            where the second run begins later in its schedule than the first one ended. `clear_cache` is the remedy.
+        cache: whether to keep what is constant during a generation: keys, values, image tokens, mask vectors.
+            Not seen is an edit in place through `.data` or a NumPy view, which leaves no trace in torch: of a
+            weight, while a loop of your own keeps its prompt and image tensors; of such a tensor; and of a mask
+            that you keep. `pipe(...)` makes new tensors of prompt and images, so that weights edited between
+            two calls of it are seen. `clear_cache` is the remedy.
 
     Returns:
         A `Report` of what is planned, layer by layer.
@@ -69,6 +70,7 @@ def disable(target: Any) -> None:
     Raises TypeError for a target of a kind that is not known, ImportError without diffusers.
     """
     unet = unet_of(target)
+    from .adapters import uninstall_all
     from .hooks import SWITCH, of
 
     with SWITCH:
@@ -76,9 +78,9 @@ def disable(target: Any) -> None:
         if found is None:
             return
         found.detach(unet)
-        found.uninstall(unet)
-        found.context.memory.forget()
-        found.drop_buffers()
+        uninstall_all(unet, found.context)
+        found.context.conditioning.forget()
+        found.drop_static()
 
 
 @contextmanager
@@ -150,7 +152,7 @@ def _switch_on(unet: Any, target: str, options: "Options") -> "tuple[Report, Mod
         state.install_new(unet, undo)
         state.attach(unet)
         report = _report(unet, target)
-        context.memory = Memory()
+        context.conditioning = ConditioningCache()
         report.cache, report.cache_reason = CacheReport(), _cache_reason(state)
         return report, state
     except BaseException:
@@ -199,27 +201,27 @@ def _report(unet: Any, target: str) -> Report:
         note = "no IP-Adapter is loaded: one that is loaded later is taken over on the next step"
     elif state is not None and state.context.cache:
         note = "\n  ".join(unkept_reasons(unet))
-    memory = None if state is None else state.context.memory
+    kept = None if state is None else state.context.conditioning
     # read once: another thread may `disable`
-    graphs, buffers = (None, None) if state is None else (state.graphs, state.buffers)
+    graphs, static = (None, None) if state is None else (state.graphs, state.static)
     return Report(
         target=target,
         enabled=state is not None,
         impl=None if state is None else impl,
         note=note,
         layers=layers,
-        cache=CacheReport() if memory is None else CacheReport(memory.hits, memory.misses, memory.bytes),
+        cache=CacheReport() if kept is None else CacheReport(kept.hits, kept.misses, kept.bytes),
         graphs=None if graphs is None else graphs.report(),
-        prepared=0 if buffers is None else buffers.bytes,
+        prepared=0 if static is None else static.bytes,
         cache_reason=_cache_reason(state),
-        prepared_reason="" if state is None or buffers is None else state.unread,
+        prepared_reason="" if state is None or static is None else state.unread,
     )
 
 
 def _cache_reason(state: "ModelState | None") -> str:
     if state is None:
         return ""
-    return state.context.memory.reason if state.context.cache else "cache=False"
+    return state.context.conditioning.reason if state.context.cache else "cache=False"
 
 
 def clear_cache(target: Any) -> None:
@@ -232,8 +234,8 @@ def clear_cache(target: Any) -> None:
 
     state = of(unet)
     if state is not None:
-        state.context.memory = Memory()
-        state.drop_buffers()
+        state.context.conditioning = ConditioningCache()
+        state.drop_static()
 
 
 def _require_diffusers() -> None:

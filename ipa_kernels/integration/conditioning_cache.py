@@ -1,91 +1,84 @@
-"""What is constant during a generation: values remembered by the tensor that they were computed from, while a UNet runs.
+"""What is constant during a generation, computed once: values by the tensor that they were computed from, calls by condition.
 
-A `Memory` finds a value again by the identity, the version and the address of its source tensor, and by the state of the
-modules that computed it. It keeps no source alive: when a pipeline drops its prompt, what was computed from that goes too.
+A *value* (image tokens, keys and values of a branch, a mask vector) belongs to its source tensor, and is found again while the
+source and the modules that computed it are unchanged, whatever the timestep. An *entry* is one condition: the text, the images,
+the masks and the modes of a step. It holds for each layer the call that ran, ready to run again. Neither keeps a prompt, an
+image, a mask or a module alive: when a pipeline drops its prompt, what was computed from that goes too.
 """
 
-import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .guards import Snapshot, State, doubt_of_tensor, is_plain
-from .schedule import Schedule
+from .guards import LayerGuard, ModuleGuard, TensorGuard, doubt_of_tensor, is_plain
+from .steps import THREAD, Step, modes_of
+
+if TYPE_CHECKING:
+    from .prepared_call import PreparedCall
 
 T = TypeVar("T")
 
-SOURCES = 24
-"""The most tensors of which something is remembered: prompt, image embeddings, tokens and masks of three adapters for three
-alternating conditions."""
+ENTRIES = 8
+"""The most conditions that are kept."""
+UNUSED = 16
+"""A condition that so many steps did not have is dropped when a new one comes."""
+SOURCES = 10 * ENTRIES
+"""The most tensors of which values are kept: of each condition the text, and the embeddings, tokens and masks of three
+adapters."""
 
 
-class _Source(Snapshot):
-    """A tensor as it was, what was computed from it, the calls of layers that it was the text of, and those of other texts that
-    it was an image or a mask of.
-    """
+class _Source(TensorGuard):
+    """A tensor as it was, and what was computed from it. last: the number of the last step that had it."""
 
-    __slots__ = ("calls", "others", "values")
+    __slots__ = ("last", "values")
 
     def __init__(self, tensor: Tensor, forget: Callable[[Any], None]) -> None:
         super().__init__(tensor, forget)
         self.values: dict[Hashable, _Value] = {}
-        self.calls: dict[object, Any] = {}
-        self.others: list[tuple[_Source, object]] = []
-
-    def drop(self) -> None:
-        """Let go of everything, at once and not when a cycle is collected."""
-        for text, key in self.others:
-            text.calls.pop(key, None)
-        self.values, self.calls, self.others = {}, {}, []
+        self.last = 0
 
 
 class _Value:
-    """What was computed, and under which state. Whoever got it may have written to it since: then it is not found again."""
+    """What was computed, and by what. Whoever got it may have written to it since: then it is not found again."""
 
-    def __init__(self, state: State, result: Any) -> None:
-        self.state = state
+    __slots__ = ("guards", "result", "versions")
+
+    def __init__(self, guards: tuple[ModuleGuard, ...], result: Any) -> None:
+        self.guards = guards
         self.result = result
         self.versions = [tensor._version for tensor in self.tensors()]
 
     def tensors(self) -> tuple[Tensor, ...]:
         return self.result if isinstance(self.result, tuple) else (self.result,)
 
-    def matches(self, state: State) -> bool:
-        return self.state.marks == state.marks and self.versions == [tensor._version for tensor in self.tensors()]
+    def matches(self, guards: tuple[ModuleGuard, ...]) -> bool:
+        # a guard that was replaced is another object
+        return self.guards == guards and self.versions == [tensor._version for tensor in self.tensors()]
 
 
-class _Active(threading.local):
-    """The memory of the UNet that runs in this thread, and its CUDA stream: direct calls of its layers remember nothing."""
+class Entry:
+    """A condition. calls: of each layer that ran under it; sources: the identities of the tensors whose values it used; last:
+    the number of the last step that had it; is_new: whether this is its first.
+    """
 
-    memory: "Memory | None" = None
-    stream: object = None
+    __slots__ = ("calls", "inputs", "is_new", "last", "sources")
 
-
-_ACTIVE = _Active()
-
-_Key = tuple[int, object]
-
-
-class _Sources(dict[_Key, _Source]):
-    """By `_key` of their tensors. One that can be referred to weakly: what its sources hold of it would be a cycle."""
-
-    __slots__ = ("__weakref__",)
+    def __init__(self) -> None:
+        self.inputs: list[weakref.ref[Tensor]] = []
+        self.calls: dict[LayerGuard, PreparedCall] = {}
+        self.sources: set[int] = set()
+        self.last = 0
+        self.is_new = True
 
 
-def _key(source: object) -> _Key:
-    """The identity of a source, and the stream that this thread's step runs on."""
-    return id(source), _ACTIVE.stream
+class ConditioningCache:
+    """Everything that is kept for one UNet.
 
-
-class Memory:
-    """Everything that is remembered for one UNet.
-
-    hits: values that were found; misses: values that had to be computed while the UNet ran; unkept: how many of those were not
-    kept, because something is in doubt; reason: why not, in the last step, "" where all were.
+    hits: values that were found; misses: values that had to be computed in a step; unkept: how many of those were not kept,
+    because something is in doubt; reason: why not, in the last step, "" where all were.
     """
 
     def __init__(self) -> None:
@@ -93,149 +86,171 @@ class Memory:
         self.misses = 0
         self.unkept = 0
         self.reason = ""
-        self._sources = _Sources()
-        self._schedule = Schedule()
+        self._steps = 0
+        self._entries: dict[tuple[Any, ...], Entry] = {}
+        self._sources: dict[int, _Source] = {}
 
-    def enter(self, timestep: Any, condition: tuple[int, ...], stream: Any = None) -> bool:
-        """A step of the UNet begins, for the tensors with the ids of `condition`; `leave` ends it. Whether it goes on with a
-        generation.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ConditioningCache, ()
 
-        stream: the CUDA stream that it runs on, if any. What was computed on one is found on no other, where it might be read
-        before it is there, or after its memory was given away.
+    def open(self, inputs: Iterable[object], settings: Hashable) -> Entry | None:
+        """The entry for a step with these tensors, whatever they hold; None where nothing may be kept.
 
-        A timestep that does not follow the one before begins a new generation, and everything is forgotten: a weight may have
-        been edited in a way that no version shows (`weight.data`).
+        settings: everything else that all values and calls of the step depend on.
         """
-        _ACTIVE.stream = None if stream is None else stream.cuda_stream
-        follows = self._schedule.follows(timestep, condition)
         self.reason = _reason_for_none()
-        _ACTIVE.memory = None if self.reason else self
-        if not follows:
-            # of tensors that are given again: that it is another generation may be a mistake
-            if any((one, _ACTIVE.stream) in self._sources for one in condition):
-                self.reason = self.reason or self._schedule.reason
-            self.forget()
-        return follows
+        if self.reason:
+            return None
+        self._steps += 1
+        tensors = [tensor for tensor in inputs if isinstance(tensor, Tensor)]
+        key = (settings, *map(id, tensors))
+        entry = self._entries.get(key)
+        # an identity may have been given again
+        if entry is None or any(known() is not tensor for known, tensor in zip(entry.inputs, tensors, strict=True)):
+            entry = self._new_entry(key, tensors)
+        else:
+            entry.is_new = False
+        entry.last = self._steps
+        for source in entry.sources:
+            if source in self._sources:
+                self._sources[source].last = self._steps
+        return entry
 
-    @staticmethod
-    def leave() -> None:
-        """The step has ended, whether it returned or raised."""
-        _ACTIVE.memory = None
-        _ACTIVE.stream = None
+    def _new_entry(self, key: tuple[Any, ...], tensors: list[Tensor]) -> Entry:
+        self._drop(key)
+        by_age = sorted(self._entries, key=lambda other: self._entries[other].last)
+        for place, other in enumerate(by_age):
+            if self._steps - self._entries[other].last > UNUSED or len(by_age) - place >= ENTRIES:
+                self._drop(other)
+        for unused in [other for other, source in self._sources.items() if self._steps - source.last > UNUSED]:
+            self._drop_source(unused)
+        entry, cache = Entry(), weakref.ref(self)
 
-    @staticmethod
-    @contextmanager
-    def suspended() -> Iterator[None]:
-        """Nothing is remembered in this thread, and nothing found: what is computed may be captured, to be run again."""
-        before, _ACTIVE.memory = _ACTIVE.memory, None
-        try:
-            yield
-        finally:
-            _ACTIVE.memory = before
+        def forget(reference: Any) -> None:
+            known = cache()
+            found = None if known is None else known._entries.get(key)
+            # the key may belong to other tensors by now
+            if known is not None and found is not None and any(other is reference for other in found.inputs):
+                # what was computed from its other inputs lives on with them
+                del known._entries[key]
+                found.calls.clear()
+
+        entry.inputs = [weakref.ref(tensor, forget) for tensor in tensors]
+        self._entries[key] = entry
+        return entry
+
+    def _drop(self, key: tuple[Any, ...]) -> None:
+        """Let go of an entry and of the values that no other uses, at once and not when a cycle is collected."""
+        entry = self._entries.pop(key, None)
+        if entry is None:
+            return
+        entry.calls.clear()
+        others = set().union(*(other.sources for other in list(self._entries.values())))
+        for source in entry.sources - others:
+            self._drop_source(source)
+
+    def _drop_source(self, key: int) -> None:
+        source = self._sources.pop(key, None)
+        if source is not None:
+            source.values.clear()
 
     def forget(self) -> None:
-        """Drop every value."""
-        sources, self._sources = self._sources, _Sources()
-        while sources:
-            sources.popitem()[1].drop()
+        """Drop every value and every call."""
+        for key in list(self._entries):
+            self._drop(key)
+        for source in list(self._sources):
+            self._drop_source(source)
 
     def get_or_compute(
-        self, source: Tensor, key: Hashable, state: State | None, compute: Callable[[], T], doubt: Callable[[], str]
+        self,
+        step: Step,
+        entry: Entry,
+        source: Tensor,
+        key: Hashable,
+        guards: tuple[ModuleGuard, ...],
+        compute: Callable[[], T],
+        place: str,
     ) -> T:
-        """`compute()`, or what it returned for the same source, key and state. Nothing is kept where state is None, for the
-        reason of `doubt()`.
-        """
-        if state is None or not is_plain(source):
-            self.misses += 1
-            self._doubt(doubt() if state is None else doubt_of_tensor(source))
-            return compute()
-        sources = self._sources
-        found = sources.get(_key(source))
+        """`compute()`, or what it returned for the same source and key, by the modules of the same guards."""
+        doubt = next((f"{place}: {guard.doubt}" for guard in guards if guard.doubt), "")
+        doubt = doubt or ("" if is_plain(source) else doubt_of_tensor(source))
+        if doubt:
+            return self._unkept(doubt, compute)
+        found = self._sources.get(id(source))
         if found is None or not found.matches(source):
-            found = self._source(sources, source)
-        device = source.device.type
-        key = key, torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+            found = self._new_source(source)
+        entry.sources.add(id(source))
+        found.last = self._steps
+        # also the CUDA stream: what was computed on one may not be there yet on another
+        key = key, step.stream and step.stream.cuda_stream, modes_of(source.device.type), step.lora_scale
         value = found.values.get(key)
-        if value is not None and value.matches(state):
+        if value is not None and value.matches(guards):
             self.hits += 1
             return value.result  # type: ignore[no-any-return]
         self.misses += 1
         result: Any = compute()
         odd = [tensor for tensor in (result if isinstance(result, tuple) else (result,)) if not is_plain(tensor)]
         if odd:
-            self._doubt(doubt_of_tensor(odd[0]))
-        else:
-            found.values[key] = _Value(state, result)
+            self.unkept += 1
+            self.reason = self.reason or doubt_of_tensor(odd[0])
+        # another thread may have edited a weight meanwhile
+        elif all(guard.check() for guard in guards):
+            found.values[key] = _Value(guards, result)
         return result  # type: ignore[no-any-return]
 
-    def _doubt(self, reason: str) -> None:
-        """A value is not kept."""
+    def _unkept(self, reason: str, compute: Callable[[], T]) -> T:
+        self.misses += 1
         self.unkept += 1
         self.reason = self.reason or reason
+        return compute()
 
-    def call(self, source: object, key: object) -> Any:
-        """What `keep_call` kept for this tensor as it is now, or None."""
-        found = self._sources.get(_key(source))
-        return None if found is None or not found.matches(source) else found.calls.get(key)
+    def _new_source(self, tensor: Tensor) -> _Source:
+        key, cache = id(tensor), weakref.ref(self)
 
-    def keep_call(self, text: Tensor, others: tuple[Tensor, ...], key: object, call: Any) -> None:
-        """Keep a whole call of a layer for as long as values of its text, and of the images and masks beside it, are kept."""
-        found = self._sources.get(_key(text))
-        if found is None or not found.matches(text):
-            return
-        for other in others:
-            source = self._sources.get(_key(other))
-            if source is not None and all(entry[1] != key or entry[0] is not found for entry in source.others):
-                source.others.append((found, key))
-        found.calls[key] = call
+        def forget(reference: Any) -> None:
+            known = cache()
+            source = None if known is None else known._sources.get(key)
+            # the identity may belong to another tensor by now
+            if known is not None and source is not None and source.tensor is reference:
+                known._drop_source(key)
+
+        self._drop_source(key)
+        for old in list(self._sources)[: max(0, len(self._sources) - SOURCES + 1)]:
+            self._drop_source(old)
+        self._sources[key] = source = _Source(tensor, forget)
+        return source
 
     @property
     def bytes(self) -> int:
-        """The size of the values; views of one buffer count once."""
-        storages = {}
-        for source in list(self._sources.values()):
-            for value in list(source.values.values()):
-                for tensor in value.tensors():
-                    storage = tensor.untyped_storage()
-                    storages[storage.data_ptr()] = storage.nbytes()
-        return sum(storages.values())
-
-    @staticmethod
-    def _source(sources: _Sources, tensor: Tensor) -> _Source:
-        key, where = _key(tensor), weakref.ref(sources)
-
-        def forget(reference: Any) -> None:
-            known = where()
-            if known is None:
-                return
-            source = known.get(key)
-            # the id may belong to another tensor by now
-            if source is not None and source.tensor is reference:
-                known.pop(key, None)
-                source.drop()
-
-        stale = [key, *list(sources)[: max(0, len(sources) - SOURCES + 1)]]
-        for old in filter(None, (sources.pop(other, None) for other in stale)):
-            old.drop()
-        sources[key] = source = _Source(tensor, forget)
-        return source
-
-
-def active() -> Memory | None:
-    """The memory of the UNet that runs in this thread, if it may be used."""
-    return None if torch.compiler.is_compiling() else _ACTIVE.memory
+        """The size of what is kept; views of one buffer count once."""
+        tensors = [
+            tensor
+            for source in list(self._sources.values())
+            for value in list(source.values.values())
+            for tensor in value.tensors()
+        ]
+        for entry in list(self._entries.values()):
+            for call in list(entry.calls.values()):
+                tensors += [tensor for tensor, _ in call.computed]
+        return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
 def get_or_compute(
-    source: Tensor,
-    key: Hashable,
-    state: Callable[[], State | None],
-    compute: Callable[[], T],
-    doubt: Callable[[], str] = str,
+    source: Tensor, key: Hashable, guards: Callable[[], tuple[ModuleGuard, ...]], compute: Callable[[], T], place: str = ""
 ) -> T:
-    """`Memory.get_or_compute` with the memory of the UNet that runs, or `compute()` where none does."""
-    memory = active()
-    return compute() if memory is None else memory.get_or_compute(source, key, state(), compute, doubt)
+    """`ConditioningCache.get_or_compute` in the step that runs in this thread, or `compute()` where none does.
+
+    place: of the model, for the reason why something is not kept.
+    """
+    step = None if torch.compiler.is_compiling() else THREAD.step
+    if step is None or step.entry is None:
+        return compute()
+    return step.context.conditioning.get_or_compute(step, step.entry, source, key, guards(), compute, place)
+
+
+def is_keeping() -> bool:
+    """Whether a step runs in this thread whose values are kept."""
+    return not torch.compiler.is_compiling() and THREAD.step is not None and THREAD.step.entry is not None
 
 
 def _reason_for_none() -> str:
@@ -250,7 +265,7 @@ def _reason_for_none() -> str:
 
 
 def _is_traced() -> bool:
-    """Whether operations are traced to be run again, where a remembered value would become a constant."""
+    """Whether operations are traced to be run again, where a kept value would become a constant."""
     traced = torch.jit.is_tracing()  # type: ignore[no-untyped-call]
     transformed = torch._C._functorch.peek_interpreter_stack() is not None
     if traced or transformed or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:

@@ -13,7 +13,8 @@ from diffusers.models.attention_processor import (
 from torch import Tensor
 
 from ..report import plural
-from .scale_table import number
+from .guards import number
+from .known_modules import Installed
 
 ADAPTERS = (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor)
 """diffusers' IP-Adapter processors for UNets."""
@@ -119,10 +120,6 @@ def _is_pair(states: Any) -> bool:
         and isinstance(states[1], list | tuple)
         and all(isinstance(state, Tensor) for state in states[1])
     )
-
-
-class Installed:
-    """What each subclass of ours is, beside the class of diffusers' that it stands in for."""
 
 
 def is_adapter(processor: object) -> bool:

@@ -1,4 +1,4 @@
-"""What `enable` leaves on a UNet: one attribute and two hooks, which install what is loaded later and open the memory."""
+"""What `enable` leaves on a UNet: one attribute and two hooks, which run before and after each step."""
 
 import sys
 import threading
@@ -13,13 +13,12 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo.decorators import disable
 from torch._dynamo.eval_frame import skip_code
 
-from ..ops import UnsupportedError
-from . import attention_layers, image_projection, steps
-from .eligibility import expects_adapter, foreign_reason
-from .processors import unet as families
+from . import adapters, attention_layers, image_projection, steps
+from .model_guards import StructureGuard
+from .replaced import are_functions_own
 from .state import Layer, ModelContext, layer_of
-from .static_storage import Buffers, StepInputs
-from .step_lock import Turn
+from .static_storage import StaticStorage, StepInputs
+from .step_lock import StepLock
 
 _STATE = "_ipa_kernels"
 
@@ -38,10 +37,10 @@ class ModelState:
     """The state of an enabled UNet.
 
     base: the options of `enable`, None where only `accelerated` blocks are open; blocks: the options of those, oldest first;
-    buffers: what was prepared, if anything; graphs: of `graphed`, None where it is off; turn: held by a step while there is one
-    of these, and by whoever changes them; unread: why the last such step did not read the buffers, "" where it did; steps:
-    those that run, of all threads, the innermost of each last; is_closed: disabled, perhaps by another thread in the middle of
-    a step, which then takes over nothing more.
+    structure: the UNet as the last eager step found it; static: what was prepared, if anything; graphs: of `graphed`, None
+    where it is off; lock: held by a step that reads static storage, and by whoever changes it; unread: why the last such step
+    did not read it, "" where it did; steps: those that run, of all threads, the innermost of each last; is_disabled: perhaps by
+    another thread in the middle of a step, which then installs nothing more.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -50,19 +49,20 @@ class ModelState:
         self.base: Options | None = None
         self.blocks: list[list[Options]] = []
         self.handles: list[Any] = []
-        self.buffers: Buffers | None = None
+        self.structure: StructureGuard | None = None
+        self.static: StaticStorage | None = None
         self.graphs: steps.Graphs[ModelState] | None = None
-        self.turn = Turn()
+        self.lock = StepLock()
         self.unread = ""
         self.steps: list[steps.Step] = []
-        self.is_closed = False
+        self.is_disabled = False
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle is of a UNet that runs no step."""
-        return vars(self) | {"steps": []}
+        return vars(self) | {"steps": [], "structure": None}
 
     def attach(self, unet: nn.Module) -> None:
-        """ModelState the steps of a UNet; does nothing where that is done already."""
+        """Put the hooks on a UNet; does nothing where that is done already."""
         if self._is_attached(unet):
             return
         for handle in self.handles:
@@ -78,11 +78,11 @@ class ModelState:
         for handle in self.handles:
             handle.remove()
         self.handles = []
-        self.is_closed = True
+        self.is_disabled = True
         for step in [step for step in self.steps if step.is_of_this_thread]:
             # the hook that would end it is gone
             self._close(step)
-        self.turn.end()
+        self.lock.end()
         self.graphs = None
         if getattr(vars(unet).get("forward"), "__func__", None) is forward:
             del vars(unet)["forward"]
@@ -109,65 +109,110 @@ class ModelState:
         self, unet: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], is_eager: bool, frame: FrameType
     ) -> None:
         steps.stop_if_asked(arguments, options)
-        if is_eager:
-            self.install_new(unet, [])
+        structure = self._examine(unet, is_eager)
+        # nothing that a compiler made can run in it
+        is_plain = is_eager and structure is not None and not structure.foreign
         named = steps.named(arguments, options)
-        step = self._open(frame, steps.stream_of(named.get("sample")))
-        follows = self._remember(named, step.stream)
-        self._write_scales(named)
-        if step.has_turn:
-            self.unread = self._refill(unet, arguments, named, follows)
+        step = self._open(named, frame, is_plain)
+        self._condition(unet, step, named, is_plain)
+        if self.graphs is not None or not is_plain or steps.is_capturing(self.context):
+            self._write_scales(named)
+        if step.has_lock:
+            self.unread = self._refill(unet, arguments, named, step)
             self.context.is_prepared = not self.unread
 
-    def _open(self, frame: FrameType, stream: Any) -> steps.Step:
-        """Wait for the turn, where there is something to take turns for."""
+    def _examine(self, unet: nn.Module, is_eager: bool) -> StructureGuard | None:
+        """Install what was loaded since the last step; the UNet as it is now, None where that cannot be done."""
+        if self.structure is not None and self.structure.matches(unet):
+            return self.structure
+        if not is_eager:
+            return None
+        self.structure = None
+        self.install_new(unet, [])
+        self.context.prune()
+        attentions = self.attention_layers.attentions.values()
+        weak = [*image_projection.of(unet), *(attention.processor for attention in self._adapted())]
+        self.structure = StructureGuard(unet, attentions, weak, __name__)
+        return self.structure
+
+    def _adapted(self) -> list[Any]:
+        """The attentions whose processors were installed."""
+        return [
+            attention for attention in self.attention_layers.attentions.values() if layer_of(attention.processor) is not None
+        ]
+
+    def _open(self, named: dict[str, Any], frame: FrameType, is_plain: bool) -> steps.Step:
+        """Wait for the lock, where the step may read static storage."""
+        sample = named.get("sample")
+        device_type = sample.device.type if isinstance(sample, Tensor) else "cpu"
+        scale = (named.get("cross_attention_kwargs") or {}).get("scale")
+        step = steps.Step(self.context, frame, steps.stream_of(sample), device_type, 1 if scale is None else scale)
         with SWITCH:
-            has_turn = self.buffers is not None or self.graphs is not None
-            step = steps.Step(has_turn, threading.current_thread(), frame, stream)
+            reads = self.static is not None or self.graphs is not None
+            step.may_read = reads and not (is_plain and self.graphs is None)
+            step.has_lock = step.may_read
             self.steps.append(step)
-        if has_turn:
+        if reads:
             try:
-                self.turn.take(frame)
+                step.has_lock = self.lock.acquire(frame, waits=step.may_read)
             except BaseException:
                 self._remove(step)
                 raise
         self.close_interrupted()
-        buffers = self.buffers
-        if has_turn and buffers is not None:
-            buffers.begin(stream)
+        steps.enter(step)
+        static = self.static
+        if step.has_lock and static is not None:
+            static.begin(step.stream)
         return step
 
-    def _remember(self, step: dict[str, Any], stream: Any) -> bool:
-        """Open the memory, or close what a step that was interrupted left open; whether a generation goes on."""
-        memory = self.context.memory
-        if not self.context.cache or steps.is_capturing(self.context):
-            memory.leave()
-            return False
-        images = (step.get("added_cond_kwargs") or {}).get("image_embeds")
-        tensors = [step.get("encoder_hidden_states"), *(images if isinstance(images, list) else [images])]
-        return memory.enter(step.get("timestep"), tuple(map(id, tensors)), stream)
+    def _condition(self, unet: nn.Module, step: steps.Step, named: dict[str, Any], is_plain: bool) -> None:
+        """Find what is kept for the condition of a step, and whether all of it was computed with what is there now."""
+        context = self.context
+        if not context.cache or steps.is_capturing(context):
+            return
+        images = (named.get("added_cond_kwargs") or {}).get("image_embeds")
+        masks = (named.get("cross_attention_kwargs") or {}).get("ip_adapter_masks")
+        inputs = [named.get("encoder_hidden_states")]
+        for several in (images, masks):
+            inputs += several if isinstance(several, list) else [several]
+        stream = step.stream and step.stream.cuda_stream
+        is_number = isinstance(step.lora_scale, int | float)
+        step.entry = context.conditioning.open(inputs, (step.modes, stream, step.lora_scale)) if is_number else None
+        step.is_closed = (
+            step.entry is not None and is_plain and step.lora_scale == 1 and are_functions_own() and self._is_pure(unet)
+        )
 
-    def _refill(self, unet: nn.Module, arguments: tuple[Any, ...], step: dict[str, Any], follows: bool) -> str:
-        """Let the buffers hold what the step that begins was given. "" where it may read them, else why not."""
-        if not all(other.has_turn for other in list(self.steps)):
-            return "a step of another thread began before there were buffers, and runs still"
+    def _is_pure(self, unet: nn.Module) -> bool:
+        """Whether the adapter's own modules run nothing foreign; checks the guards of all layers."""
+        for attention in self._adapted():
+            processor = attention.processor
+            layer = layer_of(processor)
+            if layer is None or not layer.guard(attention, processor).is_pure:
+                return False
+        return not any(self.context.guard(module).doubt for module in image_projection.of(unet))
+
+    def _refill(self, unet: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], step: steps.Step) -> str:
+        """Let the static storage hold what the step that begins was given. "" where it may read it, else why not."""
+        if any(other.may_read and not other.has_lock for other in list(self.steps)):
+            return "a step of another thread began before there was static storage, and runs still"
         if len(arguments) > len(steps.NAMES):
             return f"more than {len(steps.NAMES)} positional arguments of the UNet; pass keywords"
-        inputs = StepInputs.of(step)
+        inputs = StepInputs.of(named)
         if inputs is None:
-            return str(StepInputs.refusal(step))
+            return str(StepInputs.refusal(named))
         graphs = self.graphs
-        if graphs is not None and not follows and graphs.takes(inputs.sample.device):
+        is_new = step.entry is None or step.entry.is_new
+        if graphs is not None and is_new and graphs.takes(inputs.sample.device):
             refusal = self._renew(unet, inputs)
             if refusal:
                 return refusal
-        buffers = self.buffers
-        if buffers is None:
-            return self.unread or "no buffers were made when the generation began"
-        return buffers.fit(inputs, anew=not follows)
+        static = self.static
+        if static is None:
+            return self.unread or "no static storage was made when the generation began"
+        return static.fit(inputs, anew=step.entry is None)
 
     def _write_scales(self, step: dict[str, Any]) -> None:
-        """Bring the tables of scales up to date, for the masks of this step."""
+        """Bring the tables of scales up to date, for the masks of this step: graphs read them, eager layers do not."""
         sample = step.get("sample")
         if type(sample) is not Tensor or sample.is_meta:
             return
@@ -192,18 +237,18 @@ class ModelState:
     def _close(self, step: steps.Step) -> None:
         """Does nothing where another thread has found that it was interrupted, and closed it."""
         if step.is_of_this_thread:
-            self.context.memory.leave()
+            steps.leave(step)
         with SWITCH:
             if step not in self.steps:
                 return
             self._remove(step)
-            if step.has_turn:
-                buffers = self.buffers
-                if buffers is not None:
-                    buffers.end(step.stream)
+            if step.has_lock:
+                static = self.static
+                if static is not None:
+                    static.end(step.stream)
                 self.context.is_prepared = False
-        if step.has_turn:
-            self.turn.give(step.frame)
+        if step.has_lock and step.frame is not None:
+            self.lock.release(step.frame)
 
     def _remove(self, step: steps.Step) -> None:
         with SWITCH:
@@ -212,89 +257,57 @@ class ModelState:
                 self.context.is_stepping = False
 
     def close_interrupted(self) -> None:
-        """Close the steps that no longer run, of any thread. Whoever took the turn calls this before anything else: what those
-        launched may still read the buffers.
+        """Close the steps that no longer run, of any thread. Whoever holds the lock calls this before anything else: what those
+        launched may still read the static storage.
         """
         for step in [step for step in list(self.steps) if not step.is_running]:
             self._close(step)
 
     def _renew(self, unet: nn.Module, inputs: StepInputs) -> str:
-        """A generation begins, to be captured: buffers of its sizes, where those that are there do not fit. Why not, if so."""
-        buffers = self.buffers
-        if torch.is_grad_enabled() or (buffers is not None and buffers.are_current() and buffers.mismatch(inputs) is None):
+        """A condition that is new, to be captured: storage of its sizes, where what is there does not fit. Why not, if so."""
+        static = self.static
+        if torch.is_grad_enabled() or (static is not None and static.are_current() and static.mismatch(inputs) is None):
             return ""
         try:
-            new = Buffers(unet, self.attention_layers, inputs)
+            new = StaticStorage(unet, self.attention_layers, self.context, inputs)
         except (TypeError, ValueError, RuntimeError) as error:
             # for the step to refuse, in diffusers' words
             return str(error)
-        self.put_buffers(new)
+        self.put_static(new)
         return ""
 
-    def put_buffers(self, buffers: Buffers) -> None:
-        """Let the layers have these, in the place of others. Whoever calls holds the turn."""
-        self.drop_buffers()
-        self.buffers = buffers
-        buffers.hand_out()
+    def put_static(self, static: StaticStorage) -> None:
+        """Let the layers have this, in the place of another. Whoever calls holds the lock."""
+        self.drop_static()
+        self.static = static
+        static.hand_out()
 
-    def drop_buffers(self) -> None:
+    def drop_static(self) -> None:
         """Forget what was prepared, and the graphs that read it."""
-        self.turn.take()
+        self.lock.acquire()
         try:
             self.close_interrupted()
-            buffers, self.buffers, self.unread = self.buffers, None, ""
-            if buffers is not None:
-                buffers.drop()
+            static, self.static, self.unread = self.static, None, ""
+            if static is not None:
+                static.drop()
             graphs = self.graphs
             if graphs is not None:
                 graphs.drop()
         finally:
-            self.turn.give()
+            self.lock.release()
 
     @contextmanager
     def captured(self) -> Iterator[None]:
-        """Steps of this thread in this block run as those that a graph is captured from."""
-        with steps.capturing(self.context), self.context.memory.suspended():
+        """Steps of this thread in this block run as those that a graph is captured from: nothing is kept, and nothing found."""
+        with steps.capturing(self.context), steps.suspended():
             yield
 
     def install_new(self, unet: nn.Module, undo: list[Callable[[], None]]) -> None:
-        """Take over every stock module of an IP-Adapter; `undo` collects, in the order of the changes, what reverts each."""
-        context = self.context
+        """`adapters.install_new` for all attentions that the UNet has now."""
         if not self.attention_layers.are_current():
             self.attention_layers = attention_layers.AttentionLayers(unet)
-        for module in image_projection.of(unet):
-            if type(module) in image_projection.OURS:
-                with SWITCH:
-                    if type(module) in image_projection.OURS and not self.is_closed:
-                        image_projection.install(module, context, undo)
-        loaded = attention_layers.is_loaded(unet)
-        for name, attention in self.attention_layers.attentions.items():
-            processor = attention.processor
-            if families.is_new(processor, context):
-                with SWITCH:
-                    if families.is_new(processor, context) and not self.is_closed:
-                        families.install(processor, name, context, undo)
-                continue
-            foreign = foreign_reason(processor, loaded and expects_adapter(name))
-            if foreign is None:
-                continue
-            if context.impl == "triton":
-                raise UnsupportedError(f'{name}: impl="triton" cannot run this layer: {foreign}')
-            if context.impl == "auto":
-                context.warn_once(foreign, "the processor's own code runs instead")
-
-    def uninstall(self, unet: nn.Module) -> None:
-        """Undo every `install`, of the processors in place and of those that diffusers has stashed."""
-        # by identity: a user's own processor need not be hashable
-        attentions = attention_layers.AttentionLayers(unet).attentions.values()
-        in_place = {id(attention.processor): attention.processor for attention in attentions}
-        stashed = {id(module): module for module in (*image_projection.of(unet), *self.context.installed)}
-        for key, module in (in_place | stashed).items():
-            if type(module) in image_projection.STOCK:
-                image_projection.uninstall(module)
-            # a processor that was put into another enabled UNet since belongs to that one
-            elif families.context_of(module) is self.context or (key in in_place and type(module) in families.STOCK):
-                families.uninstall(module)
+        attentions = self.attention_layers.attentions
+        adapters.install_new(unet, attentions, self.context, SWITCH, lambda: self.is_disabled, undo)
 
 
 def forward(unet: Any, *arguments: Any, **options: Any) -> Any:

@@ -23,9 +23,9 @@ _ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 def prepare(pipe: Any, **arguments: Any) -> Report:
     """Compile what `pipe(**arguments)` will launch, and keep its keys, values and mask vectors where graphs can read them.
 
-    Graphs that are compiled or captured afterwards read buffers that never move, in place of projecting the prompt and the
-    images in every step. Before each step the buffers are compared with what the step was given, and filled anew where that
-    has changed: a pipeline may go on to any prompt, image, mask or scale without being prepared again. What does not fit runs
+    Graphs that are compiled or captured afterwards read static storage, which never moves, in place of projecting the prompt
+    and the images in every step. Before each step it is compared with what the step was given, and filled anew where that has
+    changed: a pipeline may go on to any prompt, image, mask or scale without being prepared again. What does not fit runs
     without them.
 
     Args:
@@ -35,18 +35,18 @@ def prepare(pipe: Any, **arguments: Any) -> Report:
             pipeline: its scheduler would begin anew.
 
     Returns:
-        A `Report`; `prepared` is the size of the buffers in bytes.
+        A `Report`; `prepared` is the size of the static storage in bytes.
 
     Raises:
         TypeError: `pipe` is not a pipeline, or an argument is none of the pipeline's.
-        ValueError: no IP-Adapter is loaded; an argument does not fit the buffers of an earlier call (`clear_cache` drops those,
+        ValueError: no IP-Adapter is loaded; an argument does not fit the storage of an earlier call (`clear_cache` drops it,
             graphs are then compiled anew), or is none that can be prepared; hooks or code that is neither torch's nor
             diffusers' own between the UNet and its layers.
         RuntimeError: the pipeline runs no step with these arguments.
         ImportError: diffusers cannot be imported.
         Also what the pipeline itself raises.
 
-    Whatever is raised, the buffers of these layers that were there before stay. They hold what they held, or what this call was
+    Whatever is raised, the storage of these layers that was there before stays. It holds what it held, or what this call was
     given: each step compares that with its own.
     """
     if isinstance(pipe, nn.Module) or not callable(pipe):
@@ -88,36 +88,36 @@ def _check_names(pipe: Any, arguments: dict[str, Any]) -> None:
 
 
 def _fill(state: "ModelState", unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """New buffers, or those that are there with new contents; then the kernels."""
-    from .static_storage import Buffers, StepInputs
+    """New static storage, or what is there with new contents; then the kernels."""
+    from .static_storage import StaticStorage, StepInputs
 
     step = steps.named(given, options)
     inputs = StepInputs.of(step)
     if inputs is None:
         raise ValueError(StepInputs.refusal(step))
     stream = steps.stream_of(inputs.sample)
-    state.turn.take()
-    before = buffers = state.buffers
+    state.lock.acquire()
+    before = static = state.static
     try:
         state.close_interrupted()
-        if buffers is not None and buffers.are_current():
-            mismatch = buffers.mismatch(inputs)
+        if static is not None and static.are_current():
+            mismatch = static.mismatch(inputs)
             if mismatch is not None:
-                raise ValueError(f"{mismatch}; clear_cache(pipe) drops the buffers, graphs are then compiled anew")
-            buffers.begin(stream)
-            buffers.refill(inputs)
+                raise ValueError(f"{mismatch}; clear_cache(pipe) drops it, graphs are then compiled anew")
+            static.begin(stream)
+            static.refill(inputs)
             state.unread = ""
         else:
-            buffers = Buffers(unet, state.attention_layers, inputs)
-            state.put_buffers(buffers)
-        buffers.end(stream)
+            static = StaticStorage(unet, state.attention_layers, state.context, inputs)
+            state.put_static(static)
+        static.end(stream)
         _compile(state, unet, given, options)
     except BaseException:
-        if buffers is not before:
-            state.drop_buffers()
+        if static is not before:
+            state.drop_static()
         raise
     finally:
-        state.turn.give()
+        state.lock.release()
 
 
 def _compile(state: "ModelState", unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:

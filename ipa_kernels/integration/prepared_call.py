@@ -1,121 +1,99 @@
-"""A call that ran, ready to run again: in the steps of a generation that follow, a layer compares instead of preparing.
-
-What is compared is everything that the first call read; what differs sends the call back through all checks. No prompt, image,
-mask or module is kept alive by it.
-"""
+"""A call of a layer that ran, ready to run again in the steps that follow under the same entry. It keeps no input alive."""
 
 import weakref
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.models.attention_processor import Attention
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..ops.api import make_launch, run
-from ..ops.dispatch import allows_tf32
 from ..ops.validation import Problem
-from .conditioning_cache import Memory
-from .guards import Snapshot, State, is_hooked, is_plain
-from .image_projection import pure_state
-from .scale_table import number
-from .state import Layer
-
-_COMPARABLE = {bool, int, float, str, type(None)}
+from .guards import TensorGuard, is_plain, number
 
 
-class Photo:
-    """Everything that a call of a layer reads besides its queries and its text, as it was before the call read it.
+class PreparedCall:
+    """Fast path: if nothing but hidden_states changed since this layer's last call under an entry, skip validation and launch.
 
-    Raises Doubtful where something cannot be told apart from what it may become.
+    What the layer computes with is for its `LayerGuard`. impl: what ran; option: what was asked for; modes: as `modes_of`
+    before it; values: how many kept values it stands for; depth: of the layer's call below that of the UNet
+    (`steps.depth_below`); computed: its keys, values and mask vectors with their versions.
     """
 
-    def __init__(self, processor: Any, attn: Attention, hidden_states: Tensor, images: Any, masks: Any, impl: str) -> None:
-        if torch.is_grad_enabled() or type(hidden_states) is not Tensor or hidden_states.is_meta:
+    __slots__ = (
+        "_arguments", "_dtype", "_heads", "_images", "_launch", "_masks", "_query", "_scales", "_shape", "_text",
+        "computed", "depth", "device", "impl", "modes", "option", "reason", "values",
+    )  # fmt: skip
+
+    def __init__(self, hidden: Tensor, scales: list[Any], inputs: tuple[Tensor, Any, Any], modes: tuple[Any, ...]) -> None:
+        """Raises Doubtful where something cannot be told apart from what it may become."""
+        if type(hidden) is not Tensor or hidden.is_meta:
             raise Doubtful
-        if not isinstance(attn.to_q, nn.Module) or is_hooked(attn.to_q):
-            raise Doubtful
-        self._impl = impl
-        self._kind = type(processor)
-        self._attn: Any = weakref.ref(attn)
-        self._settings = _settings(attn)
-        self._kinds = list(map(type, self._settings))
-        if not all(kind in _COMPARABLE or issubclass(kind, nn.Module) for kind in self._kinds):
-            raise Doubtful
-        self._hidden = hidden_states.shape, hidden_states.dtype, hidden_states.device
-        self._modes = _modes(hidden_states)
-        self._scales = [list(map(_seen, scale)) if isinstance(scale, list) else _seen(scale) for scale in processor.scale]
-        self._masked = None if masks is None else len(masks)
-        inputs = [*images, *(masks or ())]
+        text, images, masks = inputs
+        self.modes = modes
+        self._shape, self._dtype, self.device = hidden.shape, hidden.dtype, hidden.device
+        self._scales = [list(map(_seen, scale)) if isinstance(scale, list) else _seen(scale) for scale in scales]
         # an adapter of scale 0 is not read: whose its inputs are is known, not what is in them
-        read = [any(scale) if isinstance(scale, list) else bool(scale) for scale in self._scales]
-        self._inputs = [_Input(tensor, reads) for tensor, reads in zip(inputs, read * 2, strict=False)]
-        self._projections: list[_Projection | None] = [_Projection(attn.to_k), _Projection(attn.to_v)]
-        for names in (processor.to_k_ip, processor.to_v_ip):
-            self._projections += [_Projection(module) if reads else None for module, reads in zip(names, read, strict=True)]
+        reads = [any(scale) if isinstance(scale, list) else bool(scale) for scale in self._scales]
+        self._text = _guard(text, True)
+        self._images = [_guard(image, read) for image, read in zip(images, reads, strict=True)]
+        self._masks: list[TensorGuard | _Identity | None] | None = None
+        if masks is not None:
+            self._masks = [None if mask is None else _guard(mask, read) for mask, read in zip(masks, reads, strict=True)]
 
-    def matches(self, processor: Any, attn: Any, hidden_states: Tensor, images: Any, masks: Any, impl: str) -> bool:
-        """Whether a call, with the same text and no attention mask, would read the same."""
-        if impl != self._impl or type(processor) is not self._kind or self._attn() is not attn:
-            return False
-        if torch.is_grad_enabled() or type(hidden_states) is not Tensor:
-            return False
-        if (hidden_states.shape, hidden_states.dtype, hidden_states.device) != self._hidden:
-            return False
-        settings = _settings(attn)
-        # types first: comparing tensors would wait for a GPU, and has no one answer
-        if list(map(type, settings)) != self._kinds or settings != self._settings or _modes(hidden_states) != self._modes:
-            return False
-        modules: dict[str, Any] = attn._modules
-        to_q = modules.get("to_q")
-        if not _are_same_scales(processor.scale, self._scales) or to_q is None or is_hooked(to_q):
-            return False
-        if type(images) not in (list, tuple) or len(images) != len(self._scales):
-            return False
-        if (None if masks is None else len(masks) if type(masks) is list else -1) != self._masked:
-            return False
-        for known, tensor in zip(self._inputs, images if masks is None else (*images, *masks), strict=True):
-            if not known.matches(tensor):
-                return False
-        own: dict[str, Any] = processor._modules
-        adapters: list[Any] = [own.get("to_k_ip"), own.get("to_v_ip")]
-        if None in adapters:
-            return False
-        places = [modules.get("to_k"), modules.get("to_v")]
-        for each in adapters:
-            places += each._modules.values()
-        if len(places) != len(self._projections):
-            return False
-        return all(known is None or known.matches(module) for known, module in zip(self._projections, places, strict=True))
+    @classmethod
+    def of(
+        cls, hidden: Tensor, scales: list[Any], inputs: tuple[Tensor, Any, Any], modes: tuple[Any, ...]
+    ) -> "PreparedCall | None":
+        """Of a call before anything is computed; None where something is in doubt."""
+        try:
+            return cls(hidden, scales, inputs, modes)
+        except Doubtful:
+            return None
 
-
-class Doubtful(Exception):
-    """A call reads something that may change without a trace: it is prepared anew each time."""
-
-
-class Ready:
-    """A photo with what the call found: keys, values and weights.
-
-    values: how many remembered values it stands for. reason: of the report.
-    """
-
-    def __init__(self, photo: Photo, problem: Problem, impl: str, reason: str) -> None:
-        batch, heads, queries, head_dim = problem.query.shape
-        if not is_plain(problem.query):
-            raise Doubtful
-        self.photo, self.impl, self.reason = photo, impl, reason
+    def prepare(self, problem: Problem, impl: str, option: str, reason: str, depth: int | None) -> bool:
+        """Keep what was computed, to run again; False where that cannot be."""
+        query = problem.query
+        if not is_plain(query):
+            return False
+        batch, heads, queries, head_dim = query.shape
+        self.impl, self.option, self.reason, self.depth = impl, option, reason, depth
         masks = [mask for mask in problem.masks if mask is not None]
         self.values = len(problem.keys) + len(masks)
-        self._computed = [(tensor, tensor._version) for tensor in (*problem.keys, *problem.values, *masks)]
-        self._query = (batch, queries, heads * head_dim), problem.query.dtype, problem.query.device
+        self.computed = [(tensor, tensor._version) for tensor in (*problem.keys, *problem.values, *masks)]
+        self._query = torch.Size((batch, queries, heads * head_dim)), query.dtype, query.device
         self._heads = heads
-        self._problem = problem.keys, problem.values, problem.scales, problem.masks, problem.attn_mask, problem.softmax_scale
+        self._arguments = problem.keys, problem.values, problem.scales, problem.masks, problem.attn_mask, problem.softmax_scale
         self._launch = make_launch(problem) if impl == "triton" else None
+        return True
 
-    def takes(self, query: Tensor) -> bool:
-        """Whether a query [B, M, H·D] is like the first, and nobody has written to what was found."""
+    def matches(self, hidden: Any, states: Any, masks: Any, scales: Any) -> bool:
+        """Whether a call reads the same inputs and scales."""
+        if type(states) is not tuple or len(states) != 2 or not self._text.matches(states[0]):
+            return False
+        if type(hidden) is not Tensor or hidden.shape != self._shape:
+            return False
+        if hidden.dtype is not self._dtype or hidden.device != self.device:
+            return False
+        images = states[1]
+        if type(images) not in (list, tuple) or len(images) != len(self._images) or not _are_same(scales, self._scales):
+            return False
+        for guard, image in zip(self._images, images, strict=True):
+            if not guard.matches(image):
+                return False
+        if masks is None or self._masks is None:
+            return masks is self._masks
+        if type(masks) is not list or len(masks) != len(self._masks):
+            return False
+        for known, mask in zip(self._masks, masks, strict=True):
+            if mask is not None if known is None else not known.matches(mask):
+                return False
+        return True
+
+    def takes(self, query: Any) -> bool:
+        """Whether a query [B, M, H·D] is like the first, and nobody has written to what was computed."""
         if type(query) is not Tensor or (query.shape, query.dtype, query.device) != self._query or query.is_neg():
             return False
-        return all(tensor._version == version for tensor, version in self._computed)
+        return all(tensor._version == version for tensor, version in self.computed)
 
     def attend(self, query: Tensor) -> Tensor:
         """[B, M, H·D] to the same, before the output projection."""
@@ -123,58 +101,31 @@ class Ready:
             return self._launch.packed(query)
         batch, queries, channels = query.shape
         heads = query.view(batch, queries, self._heads, -1).transpose(1, 2)
-        return run(Problem(heads, *self._problem), self.impl).transpose(1, 2).reshape(batch, queries, channels)
+        return run(Problem(heads, *self._arguments), self.impl).transpose(1, 2).reshape(batch, queries, channels)
 
 
-def find(
-    memory: Memory, layer: Layer, processor: Any, attn: Attention, hidden_states: Tensor, states: Any, masks: Any
-) -> Ready | None:
-    """A call that this one differs from in nothing but its queries, or None."""
-    if type(states) is not tuple or len(states) != 2:
-        return None
-    ready: Ready | None = memory.call(states[0], (layer, id(attn)))
-    if ready is None:
-        return None
-    return ready if ready.photo.matches(processor, attn, hidden_states, states[1], masks, layer.context.impl) else None
+class Doubtful(Exception):
+    """A call reads something that may change without a trace: it is prepared anew each time."""
 
 
-def guard_call(*reads: Any) -> Photo | None:
-    """The photo, or None where something is in doubt."""
-    try:
-        return Photo(*reads)
-    except Doubtful:
-        return None
+class _Identity:
+    """A tensor that is not read."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = weakref.ref(tensor)
+
+    def matches(self, tensor: Any) -> bool:
+        return self.tensor() is tensor
 
 
-def keep(
-    memory: Memory, layer: Layer, attn: Attention, inputs: tuple[Any, ...], photo: Photo, problem: Problem, impl: str
-) -> Ready | None:
-    """Keep a call for as long as its inputs live: text, images and masks. None where something is in doubt."""
-    text, images, masks = inputs
-    try:
-        ready = Ready(photo, problem, impl, layer.reason)
-    except Doubtful:
-        return None
-    memory.keep_call(text, (*images, *(mask for mask in masks or () if mask is not None)), (layer, id(attn)), ready)
-    return ready
-
-
-def _settings(attn: Any) -> tuple[Any, ...]:
-    """What a call reads from an Attention besides its projections."""
-    return (
-        attn.heads, attn.scale, attn.residual_connection, attn.rescale_output_factor, attn.norm_cross, attn.group_norm,
-        attn.spatial_norm,
-    )  # fmt: skip
-
-
-def _modes(tensor: Tensor) -> tuple[Any, ...]:
-    """What torch is set to that changes a result, or how it may be computed."""
-    device = tensor.device.type
-    return (
-        torch.autograd.forward_ad._current_level,
-        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
-        tensor.dtype == torch.float32 and allows_tf32(tensor.device),
-    )
+def _guard(tensor: Tensor, read: bool) -> TensorGuard | _Identity:
+    if not read:
+        return _Identity(tensor)
+    if not is_plain(tensor):
+        raise Doubtful
+    return TensorGuard(tensor)
 
 
 class _SeenTensor(NamedTuple):
@@ -195,13 +146,13 @@ def _seen(scale: Any) -> Any:
     return _SeenTensor(scale.dtype, value) if isinstance(scale, Tensor) else scale
 
 
-def _are_same_scales(scales: Any, known: list[Any]) -> bool:
+def _are_same(scales: Any, known: list[Any]) -> bool:
     """By type and value: comparing tensors, which a scale may become, would wait for a GPU."""
     if not isinstance(scales, list) or len(scales) != len(known):
         return False
     for scale, before in zip(scales, known, strict=True):
         if isinstance(before, list):
-            if not _are_same_scales(scale, before):
+            if not _are_same(scale, before):
                 return False
         elif isinstance(before, _SeenTensor):
             if not isinstance(scale, Tensor) or (scale.dtype, number(scale)) != before:
@@ -209,55 +160,3 @@ def _are_same_scales(scales: Any, known: list[Any]) -> bool:
         elif type(scale) is not type(before) or scale != before:
             return False
     return True
-
-
-class _Input:
-    """Image tokens or a mask, as they were, or None."""
-
-    __slots__ = ("snapshot", "tensor")
-
-    def __init__(self, tensor: Tensor | None, read: bool) -> None:
-        if tensor is not None and read and not is_plain(tensor):
-            raise Doubtful
-        self.tensor = None if tensor is None else weakref.ref(tensor)
-        self.snapshot = None if tensor is None or not read else Snapshot(tensor)
-
-    def matches(self, tensor: Any) -> bool:
-        if self.snapshot is not None:
-            return self.snapshot.matches(tensor)
-        return tensor is None if self.tensor is None else self.tensor() is tensor
-
-
-class _Projection:
-    """A module and its parameters, as they were."""
-
-    __slots__ = ("linear", "module", "state")
-
-    def __init__(self, module: Any) -> None:
-        self.module: Any = weakref.ref(module)
-        self.linear: list[tuple[str, Snapshot | None]] | None = None
-        self.state: State | None = None
-        state = pure_state(module)
-        if state is None:
-            raise Doubtful
-        if type(module) is nn.Linear:
-            self.linear = [
-                (name, tensor if tensor is None else Snapshot(tensor)) for name, tensor in module._parameters.items()
-            ]
-        else:
-            self.state = state
-
-    def matches(self, module: Any) -> bool:
-        if self.module() is not module:
-            return False
-        if self.state is not None:
-            state = pure_state(module)
-            return state is not None and state.marks == self.state.marks
-        if type(module) is not nn.Linear or is_hooked(module):
-            return False
-        parameters = module._parameters
-        for name, snapshot in self.linear or ():
-            tensor = parameters.get(name)
-            if tensor is not None if snapshot is None else not snapshot.matches(tensor):
-                return False
-        return True

@@ -62,6 +62,7 @@ _CALLED: dict[type, tuple[Part, ...]] = {
 }
 _PARTS = {kind: (Part.of(kind, "__call__"), *called) for kind, called in _CALLED.items()}
 _READ = {kind: (*parts, *_PROJECTIONS) for kind, parts in _PARTS.items()}
+_ALL = tuple(dict.fromkeys(part for parts in (*_READ.values(), (_MASKS,)) for part in parts))
 
 
 def is_anything_replaced(kind: type, attn: Attention, masked: bool) -> bool:
@@ -73,6 +74,11 @@ def is_anything_replaced(kind: type, attn: Attention, masked: bool) -> bool:
         if getattr(place, name) is not own and Part(place, name, own).is_replaced():
             return True
     return (masked and _MASKS.is_replaced()) or (SCORES[-1] in _CALLED[kind] and has_scores_of_its_own(attn))
+
+
+def are_functions_own() -> bool:
+    """Whether no function is replaced that a call of any layer, or the resizing of a mask, may run: once in each step."""
+    return not any(getattr(place, name) is not own and Part(place, name, own).is_replaced() for place, name, own in _ALL)
 
 
 def has_scores_of_its_own(attn: Attention) -> bool:

@@ -4,48 +4,16 @@ Stock reads the list while a graph is traced, so that each value is compiled in 
 `IPAdapterAttnProcessor2_0.__call__`). A graph of ours reads the tensor: a new scale is new data. The list stays the user's.
 """
 
-from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo import mark_static_address
+
+from .guards import number
 
 IMAGES = 16
 """The images of one adapter that have a column from the start; more make a larger tensor, and a graph is compiled anew."""
-
-
-def number(scale: Any) -> float | None:
-    """The value of one scale; None where only diffusers' own code may multiply by it.
-
-    A number is one of Python or NumPy, or a tensor without dimensions that can be read without waiting for a GPU and without
-    losing a gradient. Fractions, arrays and integers beyond 64 bits are none: torch refuses to multiply a tensor by them.
-    """
-    kind = type(scale)
-    if kind is int:
-        return float(scale) if -(2**63) <= scale < 2**63 else None
-    if kind is float or kind is bool:
-        return float(scale)
-    if isinstance(scale, Tensor):
-        return float(scale) if kind in (Tensor, nn.Parameter) and _is_read_freely(scale) else None
-    is_of_numpy = kind.__module__ == "numpy" and (isinstance(scale, Real) or kind.__name__ in ("bool", "bool_"))
-    return float(scale) if is_of_numpy else None
-
-
-def _is_read_freely(scale: Tensor) -> bool:
-    if scale.ndim != 0 or scale.device.type != "cpu" or scale.requires_grad or scale.is_complex():
-        return False
-    # what records a step, or differentiates it in another way, would lose sight of the tensor
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
-    tangents = torch.autograd.forward_ad._current_level >= 0
-    return not (traced or tangents or torch._C._functorch.is_functorch_wrapped_tensor(scale))
-
-
-def factor(scale: Any, dtype: torch.dtype, device: torch.device) -> float:
-    """What stock's product of a scale and a tensor of this dtype multiplies by: on a CPU torch rounds a tensor to it first."""
-    if isinstance(scale, Tensor) and device.type == "cpu":
-        scale = scale.to(dtype)
-    return float(scale)
 
 
 class ScaleTable:

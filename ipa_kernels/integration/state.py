@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..report import FallbackWarning
 from . import steps
-from .conditioning_cache import Memory
+from .conditioning_cache import ConditioningCache
+from .guards import LayerGuard, ModuleGuard
 from .scale_table import ScaleTable
 
 _NOT_THE_USERS = {"ipa_kernels", "diffusers", "torch", "accelerate", "contextlib"}
@@ -20,10 +21,10 @@ _NOT_THE_USERS = {"ipa_kernels", "diffusers", "torch", "accelerate", "contextlib
 
 
 class ModelContext:
-    """Shared by what was installed in one UNet: the options, the reasons warned about, the memory, and the modules.
+    """Shared by what was installed in one UNet: the options, the reasons warned about, what is kept, and the modules.
 
-    is_stepping: whether a step runs whose scales are in the tables; is_prepared: whether what the layers hold is what the step
-    that runs was given.
+    is_stepping: whether a step runs whose scales are in the tables; is_prepared: whether the static storage of the layers holds
+    what the step that runs was given.
     """
 
     def __init__(self, impl: str, cache: bool) -> None:
@@ -32,7 +33,8 @@ class ModelContext:
         self.is_stepping = False
         self.is_prepared = False
         self.warned: set[str] = set()
-        self.memory = Memory()
+        self.conditioning = ConditioningCache()
+        self._guards: dict[int, ModuleGuard] = {}
         # weak: a processor that diffusers has dropped is gone, one that it has stashed is still found
         self.installed: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
@@ -48,12 +50,23 @@ class ModelContext:
                 stacklevel=1 + _frames_below_the_user(),
             )
 
+    def guard(self, module: torch.nn.Module) -> ModuleGuard:
+        """Of a projection of the UNet's as it is now."""
+        known = self._guards.get(id(module))
+        if known is None or not known.check() or known.module is not module:
+            known = self._guards[id(module)] = ModuleGuard(module)
+        return known
+
+    def prune(self) -> None:
+        """Drop the guards of modules that are gone."""
+        self._guards = {key: guard for key, guard in self._guards.items() if guard.module is not None}
+
     def __reduce__(self) -> tuple[Any, ...]:
         return ModelContext, (self.impl, self.cache)
 
 
-class Held(NamedTuple):
-    """What was prepared for one layer, in memory that is refilled and never moves.
+class StaticKV(NamedTuple):
+    """Of one layer, in memory that is refilled and never moves.
 
     keys, values: [B, N, H·D], text first; vectors: for a number of queries, a mask [B or 1, M] or None for each image branch.
     """
@@ -66,17 +79,26 @@ class Held(NamedTuple):
 class Layer:
     """What one processor remembers: its place, and what its last call ran.
 
-    table: its scales as data; held: None where nothing was prepared.
+    guards: by the identity of the `Attention` that calls it, usually one; table: its scales as data; static: None where nothing
+    was prepared.
     """
 
     def __init__(self, name: str, context: ModelContext) -> None:
         self.name = name
         self.context = context
+        self.guards: dict[int, LayerGuard] = {}
         self.table = ScaleTable()
-        self.held: Held | None = None
+        self.static: StaticKV | None = None
         self.impl: str | None = None
         self.reason = ""
         self.calls = 0
+
+    def guard(self, attn: Any, processor: Any) -> LayerGuard:
+        """Of the layer as it is now."""
+        known = self.guards.get(id(attn))
+        if known is None or not known.check():
+            known = self.guards[id(attn)] = LayerGuard(attn, processor, known)
+        return known
 
     def note_call(self, impl: str, reasons: list[str]) -> None:
         """Note what a call runs; warn about a fallback that the user did not ask for."""

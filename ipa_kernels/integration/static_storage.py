@@ -1,8 +1,8 @@
 """Keys, values and mask vectors of a whole UNet in memory that never moves: what compiled and captured steps read.
 
 A graph cannot ask whether the prompt that it was given is the one that it knows. The hook that runs before each step does
-(`hooks`): the buffers are filled anew when something that they were computed from has changed, and are not used where it no
-longer fits.
+(`hooks`): the storage is filled anew when something that it was computed from has changed, and is not used where it no longer
+fits. What it is filled with are the values that eager steps use.
 """
 
 from collections.abc import Iterator
@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import UNetMotionModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo import mark_static_address
 
 from . import image_projection
 from .attention_layers import AttentionLayers
-from .guards import Snapshot, State, is_plain
+from .guards import LayerGuard, ModuleGuard, TensorGuard, is_plain
 from .processors import branches
-from .state import Held, Layer, layer_of
+from .replaced import are_functions_own
+from .state import Layer, ModelContext, StaticKV, layer_of
 
 
 class StepInputs(NamedTuple):
@@ -70,16 +71,17 @@ def _read(named: dict[str, Any]) -> tuple[Any, ...]:
     return named.get("encoder_hidden_states"), images, masks, named.get("sample")
 
 
-class Buffers:
-    """The buffers of one UNet. Whoever reads or changes them holds the turn of its `ModelState`.
+class StaticStorage:
+    """What one UNet has prepared. Whoever reads or changes it holds the lock of its `ModelState`.
 
     attention_layers: of the UNet by name, and the modules on the way to them. Raises ValueError where none of the
     layers was installed, or where something else takes part in a call of one of those: it may change what a layer is given, or
     where weights are.
     """
 
-    def __init__(self, unet: Any, attention_layers: AttentionLayers, inputs: StepInputs) -> None:
+    def __init__(self, unet: Any, attention_layers: AttentionLayers, context: ModelContext, inputs: StepInputs) -> None:
         self._unet = unet
+        self._context = context
         self._attention_layers = attention_layers
         self._layers = list(_layers(attention_layers))
         if not self._layers:
@@ -90,11 +92,11 @@ class Buffers:
         if len({id(processor) for _, processor, _ in self._layers}) < len(self._layers):
             raise ValueError("pipe: expected a processor of its own for each attention, got one that is shared")
         self._signature = _signature(inputs)
-        self._known: list[Snapshot] = []
-        self._state: State | None = None
+        self._inputs: list[TensorGuard] = []
+        self._guards: list[LayerGuard | ModuleGuard] = []
         self._used: Any = None
         self._sizes: dict[int, list[Tensor | None]] = {}
-        self._held: list[Held] = []
+        self._static: list[StaticKV] = []
         self._fill(inputs)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -103,13 +105,13 @@ class Buffers:
 
     def hand_out(self) -> None:
         """Let the layers have them."""
-        for (_, _, layer), held in zip(self._layers, self._held, strict=True):
-            layer.held = held
+        for (_, _, layer), static in zip(self._layers, self._static, strict=True):
+            layer.static = static
 
     @property
     def bytes(self) -> int:
-        """The size of all buffers."""
-        tensors = [tensor for held in self._held for tensor in (*held.keys, *held.values)]
+        """The size of all of it."""
+        tensors = [tensor for static in self._static for tensor in (*static.keys, *static.values)]
         tensors += [vector for vectors in self._sizes.values() for vector in vectors if vector is not None]
         return sum(tensor.nbytes for tensor in tensors)
 
@@ -117,11 +119,11 @@ class Buffers:
         """What does not fit, in words; None where all does."""
         for name, value in _signature(inputs).items():
             if value != self._signature[name]:
-                return f"{name}: expected {self._signature[name]}, for which the buffers were made, got {value}"
+                return f"{name}: expected {self._signature[name]}, for which the static storage was made, got {value}"
         return None
 
     def are_current(self) -> bool:
-        """Whether the layers are still those that the buffers were made for."""
+        """Whether the layers are still those that it was made for."""
         return self._attention_layers.are_current() and all(
             attention.processor is processor and layer_of(processor) is layer for attention, processor, layer in self._layers
         )
@@ -148,7 +150,7 @@ class Buffers:
         return ""
 
     def refill(self, inputs: StepInputs) -> None:
-        """Compute everything again, whatever is known. Raises ValueError as for new buffers."""
+        """Compute everything again, whatever is known. Raises ValueError as for new storage."""
         self._refuse_obstacle()
         self._fill(inputs)
 
@@ -171,66 +173,73 @@ class Buffers:
             )
 
     def drop(self) -> None:
-        """Take the buffers away from the layers, when no stream reads them any more: their memory is that of the one they were
+        """Take it away from the layers, when no stream reads them any more: their memory is that of the one they were
         made on.
         """
         if self._used is not None:
             self._used.synchronize()
         for _, _, layer in self._layers:
-            layer.held = None
+            layer.static = None
 
-    def _compute(self, inputs: StepInputs) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        """For each layer the projected (key, value) of each branch."""
-        with torch.no_grad():
-            text, images = _layer_inputs(self._unet, inputs)
-            for attention, processor, _ in self._layers:
-                found = branches.projections(processor, attention, text, images, branches.image_counts(_masks(inputs)))
-                yield [(_rows(to_k(tokens)), _rows(to_v(tokens))) for tokens, to_k, to_v in found]
+    def _compute(self, inputs: StepInputs) -> Iterator[tuple[Tensor, Tensor]]:
+        """(key, value) of each branch of each layer, [B, H, N, D]; what a step has computed for its inputs is not again."""
+        text, images = _layer_inputs(self._unet, inputs)
+        counts = branches.image_counts(_masks(inputs))
+        for attention, processor, layer in self._layers:
+            yield from branches.all_keys_and_values(layer, processor, attention, text, images, counts)
 
     def _fill(self, inputs: StepInputs) -> None:
-        # forgotten first: what raises in the middle leaves buffers that nobody takes for filled
-        self._known, self._state = [], None
-        state = self._state_of_all()
-        snapshots = [Snapshot(tensor) for tensor in inputs.tensors()] if all(map(is_plain, inputs.tensors())) else []
+        # forgotten first: what raises in the middle leaves storage that nobody takes for filled
+        self._inputs, self._guards = [], []
+        is_known = all(map(is_plain, inputs.tensors()))
+        guards, snapshots = self._current_guards(), [TensorGuard(tensor) for tensor in inputs.tensors()] if is_known else []
         with torch.no_grad():
-            computed = list(self._compute(inputs))
-            if not self._held:
-                self._held = [Held([_fixed(k) for k, _ in pairs], [_fixed(v) for _, v in pairs], {}) for pairs in computed]
-            for held, pairs in zip(self._held, computed, strict=True):
-                for key, value, (new_key, new_value) in zip(held.keys, held.values, pairs, strict=True):
-                    key.copy_(new_key)
-                    value.copy_(new_value)
+            computed = [tuple(map(_rows, pair)) for pair in self._compute(inputs)]
+            if not self._static:
+                each = len(computed) // len(self._layers)
+                for first in range(0, len(computed), each):
+                    keys, values = zip(*computed[first : first + each], strict=True)
+                    self._static.append(StaticKV(list(map(_fixed, keys)), list(map(_fixed, values)), {}))
+            held = [
+                tensor for static in self._static for pair in zip(static.keys, static.values, strict=True) for tensor in pair
+            ]
+            # one launch for many tensors
+            torch._foreach_copy_(held, [tensor for pair in computed for tensor in pair])
             self._fill_masks(inputs)
-        self._known, self._state = snapshots, state
+        if is_known and all(guard.check() for guard in guards):
+            self._inputs, self._guards = snapshots, guards
 
     def _fill_masks(self, inputs: StepInputs) -> None:
         """For every number of queries that a level of the UNet has, now or before; others are computed in the graph."""
-        dtype, device = self._held[0].keys[0].dtype, inputs.sample.device
+        dtype, device = self._static[0].keys[0].dtype, inputs.sample.device
         for queries in sorted(_queries(self._unet, inputs) | self._sizes.keys()):
             vectors = branches.mask_vectors(_masks(inputs), queries, dtype, device)
             if queries not in self._sizes:
                 self._sizes[queries] = [None if vector is None else _fixed(vector) for vector in vectors]
-                for held in self._held:
-                    held.vectors[queries] = self._sizes[queries]
+                for static in self._static:
+                    static.vectors[queries] = self._sizes[queries]
             for vector, new in zip(self._sizes[queries], vectors, strict=True):
                 if vector is not None and new is not None:
                     vector.copy_(new)
 
     def _is_known(self, inputs: StepInputs) -> bool:
         tensors = inputs.tensors()
-        if self._state is None or len(tensors) != len(self._known):
+        if len(tensors) != len(self._inputs):
             return False
-        if not all(is_plain(tensor) and known.matches(tensor) for known, tensor in zip(self._known, tensors, strict=True)):
+        if not all(is_plain(tensor) and known.matches(tensor) for known, tensor in zip(self._inputs, tensors, strict=True)):
             return False
-        state = self._state_of_all()
-        return state is not None and state.marks == self._state.marks
+        # a guard that has been replaced is another object
+        return are_functions_own() and self._current_guards() == self._guards
 
-    def _state_of_all(self) -> State | None:
-        """Of everything that the values are computed with."""
-        modules: list[nn.Module] = list(image_projection.of(self._unet))
-        for attention, processor, _ in self._layers:
-            modules += (attention.to_k, attention.to_v, *processor.to_k_ip, *processor.to_v_ip)
-        return image_projection.state_with_ours(modules)
+    def _current_guards(self) -> list[LayerGuard | ModuleGuard]:
+        """Of everything that the values are computed with; one in doubt is never the same."""
+        guards: list[LayerGuard | ModuleGuard] = [
+            self._context.guard(module).verified() for module in image_projection.of(self._unet)
+        ]
+        for attention, processor, layer in self._layers:
+            guard = layer.guard(attention, processor)
+            guards += [guard] if guard.is_pure else [ModuleGuard(None)]
+        return guards
 
 
 def _layers(attention_layers: AttentionLayers) -> Iterator[tuple[Any, Any, Layer]]:
@@ -261,7 +270,7 @@ def _queries(unet: Any, inputs: StepInputs) -> set[int]:
 
 
 def _signature(inputs: StepInputs) -> dict[str, Any]:
-    """What the sizes and dtypes of all buffers follow from, by the names of what a user passes to a pipeline."""
+    """What all sizes and dtypes follow from, by the names of what a user passes to a pipeline."""
     device = inputs.sample.device.type
     return {
         "prompt (embeddings)": list(inputs.text.shape),
@@ -275,8 +284,8 @@ def _signature(inputs: StepInputs) -> dict[str, Any]:
 
 
 def _rows(projected: Tensor) -> Tensor:
-    """[B, N, H·D] of [B, images, N, H·D] too."""
-    return projected.reshape(projected.shape[0], -1, projected.shape[-1])
+    """[B, H, N, D] to [B, N, H·D]."""
+    return projected.transpose(1, 2).flatten(2)
 
 
 def _fixed(tensor: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from types import FrameType
 _GENERATORS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
-class Turn:
-    """Held by calls of one thread, as many as take it; another thread waits while one of those runs."""
+class StepLock:
+    """Held by calls of one thread, as many as acquire it; another thread waits while one of those runs."""
 
     def __init__(self) -> None:
         self._free = threading.Condition()
@@ -18,22 +18,27 @@ class Turn:
         self._is_over = False
 
     def __reduce__(self) -> tuple[object, ...]:
-        return Turn, ()
+        return StepLock, ()
 
-    def take(self, frame: FrameType | None = None) -> None:
-        """frame: of the call that it is taken for, by default the caller. A call that no longer runs (torch runs no hooks for
-        a KeyboardInterrupt) has given it up.
+    def acquire(self, frame: FrameType | None = None, waits: bool = True) -> bool:
+        """Whether it is held now: always, where this waits.
+
+        frame: the call that holds it, by default the caller; reclaimed if that call was unwound by KeyboardInterrupt, for which
+        torch runs no hooks.
         """
         frame = frame or sys._getframe(1)
         me = threading.current_thread()
         with self._free:
             while self._is_held_by_another(me) and not self._is_over:
+                if not waits:
+                    return False
                 self._free.wait(timeout=1.0)
             self._owner = me
             self._held.append(frame)
+            return True
 
-    def give(self, frame: FrameType | None = None) -> None:
-        """Give back what was taken for a frame, by default the caller; does nothing where that is given up already."""
+    def release(self, frame: FrameType | None = None) -> None:
+        """Of what a frame holds, by default the caller; does nothing where that was reclaimed already."""
         frame = frame or sys._getframe(1)
         with self._free:
             if self._owner is threading.current_thread() and frame in self._held:

@@ -17,7 +17,7 @@ import ipa_kernels
 from benchmarks import attention, figures, generation, gpu_day, host, peers, plots, sweeps, training, unet_step
 from ipa_kernels import decoupled_attention, reference
 from ipa_kernels.benchmarking import device_time
-from ipa_kernels.integration import schedule
+from ipa_kernels.integration import conditioning_cache
 from ipa_kernels.testing import unet_models
 from ipa_kernels.testing.layer_cases import CASES
 
@@ -227,8 +227,14 @@ def test_the_architectures_are_the_real_ones(name: str, layers: int, millions: f
 
 def test_the_unet_step_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     entered = []
-    follows = schedule.Schedule.follows
-    monkeypatch.setattr(schedule.Schedule, "follows", lambda *arguments: entered.append(follows(*arguments)) or entered[-1])
+    opened = conditioning_cache.ConditioningCache.open
+
+    def opens(*arguments: Any) -> Any:
+        entry = opened(*arguments)
+        entered.append(entry.is_new)
+        return entry
+
+    monkeypatch.setattr(conditioning_cache.ConditioningCache, "open", opens)
     file = tmp_path / "unet_step.json"
     monkeypatch.setattr("sys.argv", ["unet_step", "--device", "cpu", "--rounds", "2", "--json", str(file)])
     assert unet_step.main() == 0
@@ -244,8 +250,8 @@ def test_the_unet_step_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
             ratio = row["seconds"]["median"] / rows["none", "stock"]["seconds"]["median"]
             assert model["ratios"][f"eager: enabled with {variant} / stock with no adapter"] == ratio
     steps = 3 + 2 + 2  # up to the one that is compared, warming up, timed
-    assert entered.count(False) == 4, "one generation for each enabled candidate"
-    assert entered.count(True) == 4 * (steps - 1), "every other step is in the middle of it"
+    assert entered.count(True) == 4, "one generation for each enabled candidate"
+    assert entered.count(False) == 4 * (steps - 1), "every other step is in the middle of it"
     assert "enabled with one / stock with no adapter" in capsys.readouterr().out
 
 

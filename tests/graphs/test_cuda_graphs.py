@@ -139,10 +139,10 @@ def test_what_changes_is_not_replayed_as_it_was(change: Callable[[Any], None], r
 def test_prepare_refills_what_graphs_read(recorded: list[Recorder]) -> None:
     graphed, twin = pair(names=("base",))
     as_stock(graphed, twin, ("base",), Control())
-    held = ipa_kernels.integration.hooks.of(graphed.unet).buffers
+    held = ipa_kernels.integration.hooks.of(graphed.unet).static
     ipa_kernels.prepare(graphed, **arguments(graphed, ("base",), seed=9))
     as_stock(graphed, twin, ("base",), Control(), seed=9)
-    assert ipa_kernels.integration.hooks.of(graphed.unet).buffers is held
+    assert ipa_kernels.integration.hooks.of(graphed.unet).static is held
     assert len(recorded) == 1
 
 
@@ -306,7 +306,7 @@ def test_a_capture_that_cannot_be_ended_leaves_the_stream_as_it_was(monkeypatch:
         found.append((streams.device, streams.current[1]))
 
     with pytest.raises(RuntimeError, match="Invalid capture"):
-        cuda_graphs.capture(run, torch.device("cuda:1"), cuda_graphs.Room("its own", None))
+        cuda_graphs.capture(run, torch.device("cuda:1"), cuda_graphs.GraphPool("its own", None))
     assert found == [(1, "its own")]
     assert streams.device == 0
     assert streams.current == {0: "stream of GPU 0", 1: "stream of GPU 1"}

@@ -57,7 +57,7 @@ def record(run: Callable[[], Any]) -> tuple[Recorder, Any]:
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the CPU for a GPU."""
     monkeypatch.setattr(cuda_graphs.Graphs, "takes", staticmethod(lambda device: True))
-    monkeypatch.setattr(cuda_graphs.Room, "on", lambda device: None)
+    monkeypatch.setattr(cuda_graphs.GraphPool, "on", lambda device: None)
 
 
 def runs(recorded: list[Recorder]) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import ipa_kernels
 from ipa_kernels.integration import hooks, steps
-from ipa_kernels.integration.static_storage import Buffers
+from ipa_kernels.integration.static_storage import StaticStorage
 
 from ..helpers.compiled import Stream, blocks, close, in_place, prepare, whole
 from ..helpers.generate import generate
@@ -81,13 +81,15 @@ def test_another_thread_prepares_after_an_interrupt() -> None:
 def test_a_thread_that_waits_already_goes_on() -> None:
     pipe, twin = pair()
     prepare(pipe, NAMES)
+    # steps with hooks may read what was prepared: they wait for each other
+    pipe.unet.conv_out.register_forward_pre_hook(lambda module, arguments: None)
     found: list[Tensor] = []
     thread = threading.Thread(target=lambda: found.append(generate(pipe, NAMES, seed=3)), daemon=True)
 
     def raises(*arguments: Any) -> None:
         handle.remove()
         thread.start()
-        # long enough for it to come to the turn
+        # long enough for it to come to the lock
         thread.join(timeout=1.5)
         assert thread.is_alive(), "waited for nothing, so that this proves nothing"
         raise KeyboardInterrupt
@@ -143,13 +145,13 @@ def test_what_an_interrupted_step_launched_is_waited_for(monkeypatch: pytest.Mon
     current, missing = Stream(0), []
     monkeypatch.setattr(steps, "stream_of", lambda tensor: current)
     prepare(pipe, NAMES)
-    fill = Buffers._fill
+    fill = StaticStorage._fill
 
     def checked(self: Any, inputs: Any) -> None:
         missing.append({"of the interrupted step"} - current.through)
         fill(self, inputs)
 
-    monkeypatch.setattr(Buffers, "_fill", checked)
+    monkeypatch.setattr(StaticStorage, "_fill", checked)
     pipe.unet.conv_in.register_forward_pre_hook(lambda *arguments: current.through.add("of the interrupted step"))
     interrupt(pipe)
     missing.clear()

@@ -1,6 +1,6 @@
 """Something on the way from a UNet to a layer is neither torch's nor diffusers' own, and changes what the layer is given.
 
-Buffers of `prepare` are not read then, neither by compiled nor by captured steps; `explain` says what it is.
+StaticStorage of `prepare` are not read then, neither by compiled nor by captured steps; `explain` says what it is.
 """
 
 import types

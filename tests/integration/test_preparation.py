@@ -17,7 +17,7 @@ import ipa_kernels
 from ipa_kernels.graphs import cuda_graphs
 from ipa_kernels.integration import hooks, preparation, scale_table, steps
 from ipa_kernels.integration.state import is_traced_or_captured
-from ipa_kernels.integration.static_storage import Buffers
+from ipa_kernels.integration.static_storage import StaticStorage
 
 from ..helpers.adapters import load
 from ..helpers.compiled import BOTH, MASKED, PLAIN, Stream, as_stock, prepare, step_with_loras, whole
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def buffers(pipe: Any) -> Any:
-    return hooks.of(getattr(pipe.unet, "_orig_mod", pipe.unet)).buffers
+    return hooks.of(getattr(pipe.unet, "_orig_mod", pipe.unet)).static
 
 
 def pair(kind: str = "sd", names: tuple[str, ...] = BOTH) -> tuple[Any, Any]:
@@ -253,7 +253,7 @@ def test_two_threads_take_turns() -> None:
 def test_a_copy_and_the_end() -> None:
     pipe, _ = pair("sd", ("base",))
     prepare(pipe, ("base",))
-    assert hooks.of(copy.deepcopy(pipe.unet)).buffers is None
+    assert hooks.of(copy.deepcopy(pipe.unet)).static is None
     ipa_kernels.disable(pipe)
     assert ipa_kernels.explain(pipe).prepared == 0
 
@@ -393,7 +393,7 @@ def test_an_interrupt_while_a_step_waits(monkeypatch: pytest.MonkeyPatch) -> Non
     def interrupt(frame: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(state.turn, "take", interrupt)
+    monkeypatch.setattr(state.lock, "acquire", interrupt)
     with pytest.raises(KeyboardInterrupt):
         generate(pipe, ("base",))
     assert (state.steps, state.context.is_stepping) == ([], False)
@@ -482,7 +482,7 @@ def test_what_graphs_read_is_written_after_all_steps_on_other_streams(monkeypatc
         monkeypatch.setattr(kind, name, checked)
 
     watched(scale_table.ScaleTable, "update")
-    watched(Buffers, "_fill")
+    watched(StaticStorage, "_fill")
     pipe.unet.conv_out.register_forward_hook(run)
     other = Control(images=2)
     for stream, control, seed in [(0, None, 1), (1, other, 1), (0, None, 5), (1, other, 1), (1, None, 1), (0, other, 1)]:
@@ -547,13 +547,13 @@ def test_a_prepare_that_fails_at_its_end(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_everything_is_projected_once(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, _ = pair("sd", ("base",))
     computed: list[Any] = []
-    compute = Buffers._compute
+    compute = StaticStorage._compute
 
     def counted(self: Any, inputs: Any) -> Any:
         computed.append(inputs)
         return compute(self, inputs)
 
-    monkeypatch.setattr(Buffers, "_compute", counted)
+    monkeypatch.setattr(StaticStorage, "_compute", counted)
     prepare(pipe, ("base",))
     assert len(computed) == 1
 

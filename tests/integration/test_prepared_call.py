@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import Attention, IPAdapterAttnProcess
 from torch import Tensor, nn
 
 from benchmarks import host
+from ipa_kernels.integration import steps
 from ipa_kernels.integration.processors import branches, unet
 from ipa_kernels.integration.state import ModelContext
 from ipa_kernels.kernels.launch import Launch
@@ -35,8 +36,12 @@ class Bench:
             self.options["ip_adapter_masks"] = [torch.rand(1, 1, 16, 16), torch.rand(1, 2, 16, 16)]
         self.context = ModelContext(impl, cache=True)
         unet.install(self.processor, "layer", self.context, [])
+        self.step = steps.Step(self.context)
         with torch.no_grad():
-            self.context.memory.enter(999, ())
+            self.step.entry = self.context.conditioning.open(
+                [self.text, *self.images, *self.options.get("ip_adapter_masks", ())], ()
+            )
+        steps.enter(self.step)
 
     def __call__(self) -> Tensor:
         return self.attention(self.hidden, encoder_hidden_states=(self.text, self.images), **self.options)
@@ -51,7 +56,11 @@ class Bench:
 
     @property
     def ready(self) -> Any:
-        return self.context.memory.call(self.text, (self.processor._ipa_layer, id(self.attention)))
+        """The call that runs again, while what it computed with and its inputs are as they were."""
+        guard = self.processor._ipa_layer.guards.get(id(self.attention))
+        call = self.step.entry.calls.get(guard)
+        inputs = (self.text, self.images), self.options.get("ip_adapter_masks"), self.processor.scale
+        return call if call is not None and guard.check() and call.matches(self.hidden, *inputs) else None
 
 
 @pytest.fixture(params=[False, True], ids=["unmasked", "masked"])
@@ -62,16 +71,16 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
         assert bench.ready is not None
         assert torch.equal(bench(), bench.stock())
         yield bench
-    bench.context.memory.leave()
+    steps.leave(bench.step)
 
 
 def test_a_later_call_prepares_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     for place, name in ((branches, "problem"), (unet, "choose"), (unet, "stock_reasons")):
         monkeypatch.setattr(place, name, lambda *arguments, name=name: pytest.fail(f"{name} in a later call"))
-    before = bench.context.memory.misses
+    before = bench.context.conditioning.misses
     bench.hidden = torch.randn_like(bench.hidden)
     assert torch.equal(bench(), bench.stock())
-    assert bench.context.memory.misses == before
+    assert bench.context.conditioning.misses == before
     assert bench.processor._ipa_layer.calls == 3
 
 
@@ -135,7 +144,7 @@ def replaced(place: Any, name: str) -> Callable[[Bench], None]:
 
 
 def keys_written_to(bench: Bench) -> None:
-    bench.ready._computed[0][0].zero_()
+    bench.ready.computed[0][0].zero_()
 
 
 def adapters_replaced(bench: Bench) -> None:
@@ -344,7 +353,7 @@ def test_a_write_while_the_first_call_computes(what: str, monkeypatch: pytest.Mo
         bench()
         for _ in range(3):
             assert torch.equal(bench(), bench.stock())
-    bench.context.memory.leave()
+    steps.leave(bench.step)
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
@@ -362,23 +371,23 @@ def test_a_query_of_another_shape_is_refused_as_by_stock(impl: str, monkeypatch:
             for other in (query[:, :32], torch.cat([query, query], 1)):
                 with pytest.raises(ValueError, match="that the launch was made for"):
                     bench.ready.attend(other)
-    bench.context.memory.leave()
+    steps.leave(bench.step)
 
 
 def test_what_is_ready_keeps_nothing_alive(bench: Bench) -> None:
     """The prompt lives on; its images, masks and layer do not, at once and without a collection of cycles."""
-    held = [weakref.ref(tensor) for tensor, _ in bench.ready._computed]
+    held = [weakref.ref(tensor) for tensor, _ in bench.ready.computed]
     gone = [weakref.ref(module) for module in (bench.attention, bench.processor, bench.processor.to_k_ip[0])]
     context, text = bench.context, bench.text
     with no_collection():
         bench.images, bench.options = [], {}
         alive = [reference for reference in held if reference() is not None]
         assert len(alive) == 2, "the keys and values of the text"
-        assert context.memory.bytes == sum(reference().numel() * 4 for reference in alive)
+        assert context.conditioning.bytes == sum(reference().numel() * 4 for reference in alive)
         bench.attention = bench.processor = None
         assert [reference() for reference in gone] == [None] * 3
         assert text is bench.text
-        context.memory.forget()
+        context.conditioning.forget()
         assert all(reference() is None for reference in held)
 
 
@@ -390,12 +399,12 @@ def test_a_new_session_starts_anew(bench: Bench) -> None:
 
 
 def test_what_is_ready_dies_with_the_prompt(bench: Bench) -> None:
-    assert bench.context.memory.bytes > 0
+    assert bench.context.conditioning.bytes > 0
     bench.text = torch.randn(2, 7, 48)
     bench.images = []
     # masks are the caller's, and live on: a row of 64 queries for each of three images
-    assert bench.context.memory.bytes == (3 * 64 * 4 if bench.options else 0)
-    assert not any(source.calls for source in bench.context.memory._sources.values())
+    assert bench.context.conditioning.bytes == (3 * 64 * 4 if bench.options else 0)
+    assert not bench.step.entry.calls
 
 
 def functions_called(run: Callable[[], object]) -> int:
@@ -428,6 +437,6 @@ def test_what_a_later_call_does_on_the_host(masked: bool, monkeypatch: pytest.Mo
         first = functions_called(bench)
         bench()
         later, stock = functions_called(bench), functions_called(bench.stock)
-    bench.context.memory.leave()
+    steps.leave(bench.step)
     assert later < stock
     assert later < 0.3 * first, (later, first)

@@ -8,26 +8,26 @@ from typing import Any
 
 import pytest
 
-from ipa_kernels.integration.step_lock import Turn, is_running
+from ipa_kernels.integration.step_lock import StepLock, is_running
 
 from ..helpers.steady import NEVER
 
 
-def interrupted(turn: Turn) -> FrameType:
-    """A step that took the turn and ended without giving it back; its frame."""
+def interrupted(lock: StepLock) -> FrameType:
+    """A step that took the lock and ended without giving it back; its frame."""
     frame = sys._getframe()
-    turn.take(frame)
+    lock.acquire(frame)
     return frame
 
 
-def is_free(turn: Turn, seconds: float = NEVER) -> bool:
+def is_free(lock: StepLock, seconds: float = NEVER) -> bool:
     """Whether another thread gets it within so many seconds."""
     installed = threading.Event()
 
     def other() -> None:
-        turn.take()
+        lock.acquire()
         installed.set()
-        turn.give()
+        lock.release()
 
     thread = threading.Thread(target=other, daemon=True)
     thread.start()
@@ -35,43 +35,43 @@ def is_free(turn: Turn, seconds: float = NEVER) -> bool:
 
 
 def test_an_interrupted_step_gives_back_nothing_that_another_took() -> None:
-    turn = Turn()
-    frame = interrupted(turn)
-    turn.take()
-    # whoever tidies up after the step: its turn was given up when the thread came again
-    turn.give(frame)
-    assert not is_free(turn, 1.5)
-    turn.give()
-    assert is_free(turn)
+    lock = StepLock()
+    frame = interrupted(lock)
+    lock.acquire()
+    # whoever tidies up after the step: its lock was given up when the thread came again
+    lock.release(frame)
+    assert not is_free(lock, 1.5)
+    lock.release()
+    assert is_free(lock)
 
 
 def test_each_frame_gives_back_its_own() -> None:
-    turn = Turn()
-    turn.take(sys._getframe())
-    turn.take()
-    turn.give(sys._getframe())
-    assert not is_free(turn, 1.5)
-    turn.give()
-    assert is_free(turn)
+    lock = StepLock()
+    lock.acquire(sys._getframe())
+    lock.acquire()
+    lock.release(sys._getframe())
+    assert not is_free(lock, 1.5)
+    lock.release()
+    assert is_free(lock)
 
 
 def test_a_step_that_was_interrupted_in_this_thread_holds_up_no_other() -> None:
-    turn = Turn()
-    interrupted(turn)
-    assert is_free(turn)
+    lock = StepLock()
+    interrupted(lock)
+    assert is_free(lock)
 
 
 def test_whoever_takes_it_without_a_step_gives_it_up_too() -> None:
     """An interrupt may come before the first line of its `try`."""
 
-    def tidies(turn: Turn) -> None:
-        turn.take()
+    def tidies(lock: StepLock) -> None:
+        lock.acquire()
         raise KeyboardInterrupt
 
-    turn = Turn()
+    lock = StepLock()
     with pytest.raises(KeyboardInterrupt):
-        tidies(turn)
-    assert is_free(turn)
+        tidies(lock)
+    assert is_free(lock)
 
 
 def test_a_step_is_seen_from_another_thread_for_as_long_as_it_runs() -> None:

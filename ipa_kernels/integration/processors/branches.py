@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from ...ops import UnsupportedError
 from ...ops.validation import Problem, check_arguments
 from ..conditioning_cache import get_or_compute
-from ..guards import State
-from ..image_projection import doubt, pure_state
-from ..scale_table import factor
+from ..guards import LayerGuard, ModuleGuard
 from ..state import Layer
 
 
@@ -25,14 +23,17 @@ def problem(
     query: Tensor,
     inputs: tuple[Tensor, list[Tensor], Any],
     softmax_scale: float | None,
+    guard: LayerGuard | None,
     runs_kernel: Callable[[Tensor], bool],
 ) -> Problem:
     """For eager calls: an adapter of scale 0 is left out, its projections are not run.
 
-    query: [B, M, H·D]; inputs: text, image tokens and masks; runs_kernel: whether the kernel is what runs such states.
+    query: [B, M, H·D]; inputs: text, image tokens and masks; guard: None where nothing is kept; runs_kernel: whether the kernel
+    is what runs such states.
     """
     text, images, masks = inputs
-    key, value = _keys_and_values(layer, attn, text, "text", attn.to_k, attn.to_v, runs_kernel)
+    guards = None if guard is None else guard.text
+    key, value = keys_and_values(layer, attn, text, "text", (attn.to_k, attn.to_v), guards, runs_kernel)
     keys: list[Tensor] = []
     values: list[Tensor] = []
     scales: list[float] = []
@@ -41,11 +42,12 @@ def problem(
     for adapter, (state, scale, mask) in enumerate(adapters):
         if all(s == 0 for s in scale) if isinstance(scale, list) else scale == 0:
             continue
-        projections = processor.to_k_ip[adapter], processor.to_v_ip[adapter]
+        modules = processor.to_k_ip[adapter], processor.to_v_ip[adapter]
+        guards = None if guard is None else guard.images[adapter]
         # all images of an unmasked adapter share one softmax
         for i in range(1 if mask is None else mask.shape[1]):
             use = (adapter, None if mask is None else i)
-            image_key, image_value = _keys_and_values(layer, attn, state, use, *projections, runs_kernel)
+            image_key, image_value = keys_and_values(layer, attn, state, use, modules, guards, runs_kernel)
             keys.append(image_key)
             values.append(image_value)
             scales.append(factor(scale[i] if isinstance(scale, list) else scale, query.dtype, query.device))
@@ -69,12 +71,12 @@ def graph_problem(
     masks = of_adapters(masks, len(images))
     counts = image_counts(masks)
     scales = layer.table.branches(counts)
-    held = layer.held if layer.context.is_prepared else None
-    if held is not None:
-        vectors = held.vectors.get(query.shape[1])
+    static = layer.static if layer.context.is_prepared else None
+    if static is not None:
+        vectors = static.vectors.get(query.shape[1])
         if vectors is not None:
-            keys = [_split(key, attn.heads) for key in held.keys]
-            values = [_split(value, attn.heads) for value in held.values]
+            keys = [_split(key, attn.heads) for key in static.keys]
+            values = [_split(value, attn.heads) for value in static.values]
             return _checked(query, attn, keys, values, scales, vectors, softmax_scale)
     if not torch.compiler.is_compiling() and any(mask is not None for mask in masks):
         raise UnsupportedError(
@@ -86,6 +88,13 @@ def graph_problem(
     return _checked(
         query, attn, keys, values, scales, mask_vectors(masks, query.shape[1], query.dtype, query.device), softmax_scale
     )
+
+
+def factor(scale: Any, dtype: torch.dtype, device: torch.device) -> float:
+    """What stock's product of a scale and a tensor of this dtype multiplies by: on a CPU torch rounds a tensor to it first."""
+    if isinstance(scale, Tensor) and device.type == "cpu":
+        scale = scale.to(dtype)
+    return float(scale)
 
 
 def of_adapters(masks: list[Any] | None, adapters: int) -> list[Any]:
@@ -142,16 +151,20 @@ def _split(projected: Tensor, heads: int) -> Tensor:
     return projected.view(projected.shape[0], -1, heads, projected.shape[-1] // heads).transpose(1, 2)
 
 
-def _keys_and_values(
+def keys_and_values(
     layer: Layer,
     attn: Attention,
     states: Tensor,
     use: Any,
-    to_k: nn.Module,
-    to_v: nn.Module,
+    modules: tuple[nn.Module, nn.Module],
+    guards: tuple[ModuleGuard, ModuleGuard] | None,
     runs_kernel: Callable[[Tensor], bool],
 ) -> tuple[Tensor, Tensor]:
-    """[B, H, N, D] each, of the text (`use` "text") or of an adapter's images, one or all: (adapter, image or None)."""
+    """[B, H, N, D] each, of the text (`use` "text") or of an adapter's images, one or all: (adapter, image or None).
+
+    modules: to_k and to_v; guards: theirs, None where nothing is kept.
+    """
+    to_k, to_v = modules
 
     def project() -> tuple[Tensor, Tensor]:
         rows = states
@@ -165,15 +178,33 @@ def _keys_and_values(
         # like stock, once for each: autograd then sums their gradients in stock's order
         return _split(to_k(tokens()), attn.heads), _split(to_v(tokens()), attn.heads)
 
-    state, why = lambda: pure_state(to_k, to_v), lambda: f"{layer.name}: {doubt(to_k, to_v)}"
-    return get_or_compute(states, (layer, use, attn.heads), state, project, why)
+    if guards is None:
+        return project()
+    verified = tuple(guard.verified() for guard in guards)
+    return get_or_compute(states, (layer, use, attn.heads), lambda: verified, project, layer.name)
+
+
+def all_keys_and_values(
+    layer: Layer, processor: Any, attn: Attention, text: Tensor, images: list[Tensor], counts: list[int | None]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of every branch, as `keys_and_values`: the text, then of each adapter all images at once, or one by one where counted."""
+    guard = layer.guard(attn, processor)
+
+    def runs_kernel(states: Tensor) -> bool:
+        return False
+
+    yield keys_and_values(layer, attn, text, "text", (attn.to_k, attn.to_v), guard.text, runs_kernel)
+    for adapter, (state, count) in enumerate(zip(images, counts, strict=True)):
+        modules = processor.to_k_ip[adapter], processor.to_v_ip[adapter]
+        for i in (None,) if count is None else range(count):
+            yield keys_and_values(layer, attn, state, (adapter, i), modules, guard.images[adapter], runs_kernel)
 
 
 def _mask_vector(mask: Tensor, i: int, query: Tensor) -> Tensor:
     """[B or 1, M] for image i, in the dtype that stock rounds it to."""
     queries, dtype, device = query.shape[1], query.dtype, query.device
     return get_or_compute(
-        mask, ("mask", i, queries, dtype, device), State, lambda: _resized(mask, i, queries).to(dtype=dtype, device=device)
+        mask, ("mask", i, queries, dtype, device), tuple, lambda: _resized(mask, i, queries).to(dtype=dtype, device=device)
     )
 
 

@@ -8,7 +8,9 @@ its users print and compare them.
 """
 
 import inspect
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -21,11 +23,13 @@ from ...ops import UnsupportedError
 from ...ops.api import choose, run, traced_op
 from ...ops.dispatch import automatic_reasons, layer_reasons
 from .. import patching
-from ..conditioning_cache import active
-from ..eligibility import Installed, foreign_reason, stock_reasons
-from ..prepared_call import find, guard_call, keep
+from ..conditioning_cache import Entry
+from ..eligibility import foreign_reason, stock_reasons
+from ..known_modules import Installed, is_hooked
+from ..prepared_call import PreparedCall
 from ..replaced import is_anything_replaced, replaced_reasons
 from ..state import Layer, ModelContext, is_traced_or_captured, layer_of
+from ..steps import THREAD, depth_below, modes_of
 from . import branches
 
 
@@ -42,7 +46,7 @@ class _Fused(Installed):
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """A copy or a pickle of a processor is a stock one; a UNet that is enabled takes it over on its next step."""
         state = {name: value for name, value in vars(self).items() if name != "_ipa_layer"}
-        return object.__new__, (STOCK[_ours(self)],), state
+        return object.__new__, (_ours(self).replaces,), state
 
     def __call__(
         self,
@@ -56,70 +60,30 @@ class _Fused(Installed):
     ) -> Tensor:
         """diffusers' processor call: hidden_states [B, M, C] and (text, [image tokens, ...]) to [B, M, C]."""
         layer = layer_of(self)
-        kind = _ours(self)
-
-        def replaced() -> Tensor:
-            # diffusers names the last parameters and drops arguments that a processor does not name
-            call = type(self).__call__ if kind is None else STOCK[kind].__call__
-            out: Tensor = call(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb, scale, ip_adapter_masks)
-            return out
-
-        if layer is None or kind is None:
-            return replaced()
-        if is_traced_or_captured(layer.context):
-            out = _traced_call(kind, layer, self, attn, hidden_states, encoder_hidden_states, attention_mask, ip_adapter_masks)
-            return replaced() if out is None else out
-        impl = layer.context.impl
-        memory = active()
         query: Tensor | None = None
-        masked = ip_adapter_masks is not None
-        if memory is not None and attention_mask is None and not is_anything_replaced(STOCK[kind], attn, masked):
-            ready = find(memory, layer, self, attn, hidden_states, encoder_hidden_states, ip_adapter_masks)
-            if ready is not None:
+        if layer is not None and attention_mask is None and not torch.compiler.is_compiling():
+            call = _prepared(self, layer, attn, ip_adapter_masks is not None)
+            if call is not None and call.matches(hidden_states, encoder_hidden_states, ip_adapter_masks, self.scale):
                 query = attn.to_q(hidden_states)
-                if ready.takes(query):
-                    memory.hits += ready.values
-                    layer.impl, layer.reason = ready.impl, ready.reason
+                if call.takes(query):
+                    layer.context.conditioning.hits += call.values
+                    layer.impl, layer.reason = call.impl, call.reason
                     layer.calls += 1
-                    return _project_out(attn, ready.attend(query))
-        reasons = _class_reasons(kind, attn, ip_adapter_masks)
-        reasons += stock_reasons(self, attn, hidden_states, encoder_hidden_states, attention_mask, ip_adapter_masks, self.scale)
-        if not reasons and not kind.eager_is_exact and impl != "triton":
-            _, reasons = layer_plan(attn, self, impl, hidden_states.device, hidden_states.dtype)
-        problem, photo = None, None
-        if not reasons:
-            text, images = encoder_hidden_states
-            inputs = text, images, ip_adapter_masks
-            reads = self, attn, hidden_states, images, ip_adapter_masks, impl
-            unkept = None if memory is None else memory.unkept
-            if memory is not None:
-                # before anything is read: another thread may write while this one computes
-                photo = guard_call(*reads)
-
-            def runs_kernel(states: Tensor) -> bool:
-                return layer_plan(attn, self, impl, states.device, states.dtype)[0] == "triton"
-
-            try:
-                query = attn.to_q(hidden_states) if query is None else query
-                problem = branches.problem(layer, self, attn, query, inputs, kind.softmax_scale(attn), runs_kernel)
-            except (TypeError, ValueError) as error:
-                # for the replaced class to run or to refuse, in its own words
-                reasons = [f"unusual input: {error}"]
-        if problem is None:
-            if impl == "triton":
-                raise UnsupportedError(_cannot(layer, attn, hidden_states, reasons))
-            layer.note_call("stock", reasons)
-            return replaced()
-        chosen, reasons = choose(problem, impl)
-        if chosen == "eager" and not kind.eager_is_exact:
-            layer.note_call("stock", reasons)
-            return replaced()
-        layer.note_call(chosen, reasons)
-        if memory is not None and photo is not None and memory.unkept == unkept and photo.matches(*reads):
-            ready = keep(memory, layer, attn, inputs, photo, problem, chosen)
-            if ready is not None and query is not None:
-                return _project_out(attn, ready.attend(query))
-        return _project_out(attn, _merge(run(problem, chosen)))
+                    return _project_out(attn, call.attend(query))
+        kind = _ours(self)
+        if layer is not None and kind is not None:
+            inputs = encoder_hidden_states, attention_mask, ip_adapter_masks
+            if is_traced_or_captured(layer.context):
+                out = _traced_call(kind, layer, self, attn, hidden_states, *inputs)
+            else:
+                out = _eager_call(kind, layer, self, attn, hidden_states, *inputs, query)
+            if out is not None:
+                return _project_out(attn, out)
+        # diffusers names the last parameters and drops arguments that a processor does not name
+        replaced: Any = type(self) if kind is None else kind.replaces
+        return replaced.__call__(  # type: ignore[no-any-return]
+            self, attn, hidden_states, encoder_hidden_states, attention_mask, temb, scale, ip_adapter_masks
+        )
 
     @staticmethod
     def softmax_scale(attn: Attention) -> float | None:
@@ -135,6 +99,102 @@ class _Fused(Installed):
 def _ours(processor: object) -> Any:
     """Which of the subclasses a processor has, perhaps below a class that someone else has put on it; None where none."""
     return next((kind for kind in type(processor).__mro__ if kind in STOCK), None)
+
+
+def _prepared(processor: Any, layer: Layer, attn: Attention, masked: bool) -> PreparedCall | None:
+    """The call that this layer ran last in such a step, while what it computed with is unchanged."""
+    step = THREAD.step
+    if step is None or step.entry is None or step.context is not layer.context:
+        return None
+    guard = layer.guards.get(id(attn))
+    call = None if guard is None else step.entry.calls.get(guard)
+    if guard is None or call is None or call.option != layer.context.impl or not _is_below(step.frame, call.depth):
+        return None
+    if step.is_closed:
+        # checked before the step
+        return call if guard.valid else None
+    if not guard.check() or is_anything_replaced(_ours(processor).replaces, attn, masked):
+        return None
+    to_q = attn._modules.get("to_q")
+    return call if to_q is not None and not is_hooked(to_q) and call.modes == modes_of(call.device.type) else None
+
+
+def _is_below(frame: FrameType | None, depth: int | None) -> bool:
+    """Whether the processor's call is so deep below that of the UNet: a step that was interrupted is not in the stack."""
+    if frame is None or depth is None:
+        return frame is None
+    try:
+        return sys._getframe(depth) is frame
+    except ValueError:
+        return False
+
+
+def _eager_call(
+    kind: Any,
+    layer: Layer,
+    processor: Any,
+    attn: Attention,
+    hidden_states: Tensor,
+    states: Any,
+    attention_mask: Any,
+    masks: Any,
+    query: Tensor | None,
+) -> Tensor | None:
+    """A call with everything checked, and kept where a step runs; None where that is for the replaced class.
+
+    query: to_q of the hidden states, where that has run.
+    """
+    impl = layer.context.impl
+    reasons = _class_reasons(kind, attn, masks)
+    reasons += stock_reasons(processor, attn, hidden_states, states, attention_mask, masks, processor.scale)
+    if not reasons and not kind.eager_is_exact and impl != "triton":
+        _, reasons = layer_plan(attn, processor, impl, hidden_states.device, hidden_states.dtype)
+    problem = None
+    if not reasons:
+        text, images = states
+        inputs = text, images, masks
+        entry, depth = _running_step(layer)
+        guard, call = None, None
+        if entry is not None:
+            # before anything is read: another thread may write while this one computes
+            guard, unkept = layer.guard(attn, processor), layer.context.conditioning.unkept
+            call = PreparedCall.of(hidden_states, processor.scale, inputs, modes_of(hidden_states.device.type))
+
+        def runs_kernel(states: Tensor) -> bool:
+            return layer_plan(attn, processor, impl, states.device, states.dtype)[0] == "triton"
+
+        try:
+            query = attn.to_q(hidden_states) if query is None else query
+            problem = branches.problem(layer, processor, attn, query, inputs, kind.softmax_scale(attn), guard, runs_kernel)
+        except (TypeError, ValueError) as error:
+            # for the replaced class to run or to refuse, in its own words
+            reasons = [f"unusual input: {error}"]
+    if problem is None:
+        if impl == "triton":
+            raise UnsupportedError(_cannot(layer, attn, hidden_states, reasons))
+        layer.note_call("stock", reasons)
+        return None
+    chosen, reasons = choose(problem, impl)
+    if chosen == "eager" and not kind.eager_is_exact:
+        layer.note_call("stock", reasons)
+        return None
+    layer.note_call(chosen, reasons)
+    if entry is not None and call is not None and guard is not None and query is not None:
+        is_kept = layer.context.conditioning.unkept == unkept and isinstance(attn.to_q, nn.Module) and not is_hooked(attn.to_q)
+        is_same = guard.check() and call.matches(hidden_states, states, masks, processor.scale)
+        if is_kept and is_same and call.prepare(problem, chosen, impl, layer.reason, depth):
+            entry.calls[guard] = call
+            return call.attend(query)
+    return _merge(run(problem, chosen))
+
+
+def _running_step(layer: Layer) -> tuple[Entry | None, int | None]:
+    """What is kept in the step of the layer's UNet that runs in this thread, and how deep the layer's call is below it."""
+    step = THREAD.step
+    if step is None or step.entry is None or step.context is not layer.context:
+        return None, None
+    depth = depth_below(step.frame)
+    return (None, None) if depth is None and step.frame is not None else (step.entry, depth)
 
 
 def _traced_call(
@@ -166,7 +226,7 @@ def _traced_call(
             if is_data:
                 problem = branches.graph_problem(layer, processor, attn, query, inputs, scale)
             else:
-                problem = branches.problem(layer, processor, attn, query, inputs, scale, lambda states: False)
+                problem = branches.problem(layer, processor, attn, query, inputs, scale, None, lambda states: False)
             chosen, reasons = choose(problem, impl)
         except UnsupportedError:
             raise
@@ -180,7 +240,7 @@ def _traced_call(
     layer.impl, layer.reason = chosen, "; ".join(reasons)
     if chosen == "stock":
         return None
-    return _project_out(attn, _merge(run(problem, chosen) if chosen == "eager" else traced_op(problem, impl)))
+    return _merge(run(problem, chosen) if chosen == "eager" else traced_op(problem, impl))
 
 
 def _cannot(layer: Layer, attn: Attention, hidden_states: Tensor, reasons: list[str]) -> str:
@@ -202,7 +262,7 @@ def _project_out(attn: Any, out: Tensor) -> Tensor:
 
 def _class_reasons(kind: Any, attn: Attention, masks: Any) -> list[str]:
     """Why only the replaced class may run a call, as far as that is about the class."""
-    reasons = replaced_reasons(STOCK[kind], attn, masks is not None)
+    reasons = replaced_reasons(kind.replaces, attn, masks is not None)
     refusal = kind.refuses_masks()
     if masks is not None and refusal is not None:
         reasons.append(refusal)
@@ -212,9 +272,13 @@ def _class_reasons(kind: Any, attn: Attention, masks: Any) -> list[str]:
 class IPAdapterAttnProcessor(_Fused, stock.IPAdapterAttnProcessor):  # type: ignore[misc]
     """In the place of the class that computes its scores by baddbmm."""
 
+    replaces = stock.IPAdapterAttnProcessor
+
 
 class IPAdapterAttnProcessor2_0(_Fused, stock.IPAdapterAttnProcessor2_0):  # type: ignore[misc]
     """In the place of the class that every load of an IP-Adapter installs."""
+
+    replaces = stock.IPAdapterAttnProcessor2_0
 
     eager_is_exact = True
 
@@ -227,6 +291,8 @@ class IPAdapterAttnProcessor2_0(_Fused, stock.IPAdapterAttnProcessor2_0):  # typ
 class IPAdapterXFormersAttnProcessor(_Fused, stock.IPAdapterXFormersAttnProcessor):  # type: ignore[misc]
     """In the place of the class that `enable_xformers_memory_efficient_attention` installs."""
 
+    replaces = stock.IPAdapterXFormersAttnProcessor
+
     @staticmethod
     def refuses_masks() -> str | None:
         """Diffusers rounds them."""
@@ -235,9 +301,7 @@ class IPAdapterXFormersAttnProcessor(_Fused, stock.IPAdapterXFormersAttnProcesso
 
 
 FUSED: dict[type, Any] = {
-    stock.IPAdapterAttnProcessor: IPAdapterAttnProcessor,
-    stock.IPAdapterAttnProcessor2_0: IPAdapterAttnProcessor2_0,
-    stock.IPAdapterXFormersAttnProcessor: IPAdapterXFormersAttnProcessor,
+    kind.replaces: kind for kind in (IPAdapterAttnProcessor, IPAdapterAttnProcessor2_0, IPAdapterXFormersAttnProcessor)
 }
 STOCK: dict[type, Any] = {ours: theirs for theirs, ours in FUSED.items()}
 
