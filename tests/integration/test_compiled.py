@@ -128,7 +128,7 @@ def test_an_adapter_loaded_behind_a_graph_runs_stock_until_the_next_enable() -> 
     for pipe in (compiled, twin):
         load(pipe, "base")  # the loaders of a pipeline look through the compiled UNet
     as_stock(compiled, twin, ("base",), Control())
-    assert all("loaded since" in layer.reason for layer in ipa_kernels.explain(compiled).layers)
+    assert all("loaded after enable()" in layer.reason for layer in ipa_kernels.explain(compiled).layers)
     ipa_kernels.enable(compiled)
     as_stock(compiled, twin, ("base",), Control())
     assert {layer.impl for layer in ipa_kernels.explain(compiled).layers} == {"eager"}

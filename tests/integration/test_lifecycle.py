@@ -226,7 +226,7 @@ def test_pipelines_that_share_a_unet_are_switched_together() -> None:
     assert torch.equal(generate(pipe, ("base",)), expected[0])
     assert {layer.calls for layer in ipa_kernels.explain(other).layers} == {2}
     load(other, "plus")
-    assert all("loaded since" in layer.reason for layer in ipa_kernels.explain(pipe).layers)
+    assert all("loaded after enable()" in layer.reason for layer in ipa_kernels.explain(pipe).layers)
     generate(pipe, ("plus",))
     assert ipa_kernels.explain(other).eager == len(ipa_kernels.explain(other).layers)
     load(pipe, "base")

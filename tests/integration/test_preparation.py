@@ -172,7 +172,7 @@ def test_wrong_targets_and_arguments() -> None:
     pipe = build("sd", ("base",))
     with pytest.raises(TypeError, match="pipe: expected a diffusers pipeline"):
         ipa_kernels.prepare(pipe.unet)
-    with pytest.raises(TypeError, match=r"promt_embeds: expected an argument of StableDiffusionPipeline\.__call__"):
+    with pytest.raises(TypeError, match=r"StableDiffusionPipeline\.__call__\(\) got an unexpected argument 'promt_embeds'"):
         ipa_kernels.prepare(pipe, promt_embeds=None)
     with pytest.raises(ValueError, match="without; load_ip_adapter comes first"):
         prepare(build("sd"), ())
