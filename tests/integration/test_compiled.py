@@ -22,7 +22,7 @@ KINDS = ("sd", "sdxl", "animatediff", "kolors")
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
-SLOW = (("sdxl", 1), ("sdxl", 2), ("animatediff", 1), ("animatediff", 2), ("kolors", 1), ("kolors", 2))
+SLOW = (("sd", 1), ("sdxl", 1), ("sdxl", 2), ("animatediff", 1), ("animatediff", 2), ("kolors", 1), ("kolors", 2))
 """Kinds and numbers of adapters that `make test` leaves to `make test-slow`: others show the same."""
 
 
