@@ -65,7 +65,7 @@ VARIANTS = {"one": (1, 4, False), "one masked": (1, 4, True), "three": (3, 16, F
 
 
 class Layer:
-    """One cross-attention with its inputs, stock or taken over."""
+    """One cross-attention with its inputs, stock or enabled."""
 
     def __init__(self, shape: Shape, text_dim: int, variant: str, dtype: torch.dtype, device: torch.device) -> None:
         adapters, tokens, masked = VARIANTS[variant]

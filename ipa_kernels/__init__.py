@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from . import reference as reference
     from .graphs.cuda_graphs import graphed
     from .integration.api import accelerated, clear_cache, disable, enable, explain
-    from .integration.preparation import prepare
+    from .integration.prepare_pipeline import prepare
     from .ops import UnsupportedError, decoupled_attention
     from .report import FallbackWarning, GraphReport, LayerReport, Report
 
@@ -23,7 +23,7 @@ _HOMES = {
     "enable": "integration.api",
     "explain": "integration.api",
     "graphed": "graphs.cuda_graphs",
-    "prepare": "integration.preparation",
+    "prepare": "integration.prepare_pipeline",
     "decoupled_attention": "ops",
     "UnsupportedError": "ops",
     "LayerReport": "report",

@@ -18,7 +18,7 @@ import torch
 
 from ..graphs.cuda_graphs import graphed
 from ..integration.api import enable, explain
-from ..integration.preparation import prepare
+from ..integration.prepare_pipeline import prepare
 from ..report import FallbackWarning
 from ..testing import tiny_pipelines
 from ..testing.unet_models import MODELS, VAE_FACTOR, build, clone, load

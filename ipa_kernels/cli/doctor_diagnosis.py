@@ -1,4 +1,4 @@
-"""What the doctor finds: facts, problems, notes. A probe that raises becomes a problem.
+"""What `ipa-kernels doctor` concludes: facts, problems, notes. What it asks of the machine is in `doctor_probes`.
 
 Messages of libraries may name users, machines, paths and secrets. None of them is in a diagnosis: `told` has all that is.
 """
@@ -20,9 +20,21 @@ BUG = "report this as a bug, with this text"
 
 T = TypeVar("T")
 
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "peft", "xformers", "numpy")
-
-_MODULES = sys.stdlib_module_names | {*PACKAGES, "ipa_kernels", "PIL", "huggingface_hub", "safetensors", "tokenizers"}
+_MODULES = sys.stdlib_module_names | {
+    "PIL",
+    "accelerate",
+    "diffusers",
+    "huggingface_hub",
+    "ipa_kernels",
+    "numpy",
+    "peft",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "triton",
+    "xformers",
+}
 """Modules whose names may be in a report."""
 
 PHRASES = (

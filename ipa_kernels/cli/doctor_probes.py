@@ -1,4 +1,7 @@
-"""What is installed and what the environment asks for. Needs nothing but Python: torch, too, may be missing or broken."""
+"""What `ipa-kernels doctor` asks of this machine: versions, environment, imports. `doctor_diagnosis` concludes from it.
+
+Needs nothing but Python: torch, too, may be missing or broken.
+"""
 
 import functools
 import importlib
@@ -11,7 +14,10 @@ from typing import Any
 
 from .. import __version__
 from ..report import plural
-from .doctor_diagnosis import BUILDS, PACKAGES, Diagnosis
+from .doctor_diagnosis import BUILDS, Diagnosis
+
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "peft", "xformers", "numpy")
+"""The packages whose versions are in the report, in this order."""
 
 VARIABLES = (
     "IPA_KERNELS_DISABLE",

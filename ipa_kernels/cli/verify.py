@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .arguments import PROMPT, SCALE, Commands, add_command, add_machine, add_weights, finite, seed
@@ -14,6 +14,7 @@ from .output_files import json_file, written
 from .progress import progress
 from .quiet import importing
 from .tables import table, wrapped
+from .verify_options import VerifyOptions, check_options
 
 if TYPE_CHECKING:
     import torch
@@ -25,29 +26,6 @@ _HEAD_DIM = 64
 """One that the kernel has on every device that it runs on."""
 
 _SLOW = ", which is what Triton's interpreter can run"
-
-
-@dataclass(frozen=True)
-class VerifyOptions:
-    """The command line of `ipa-kernels verify`; None stands for what is chosen for the machine, or for all.
-
-    model: None for the named cases, True for the pipeline built in code.
-    """
-
-    model: str | bool | None
-    ip_adapter: str | None
-    ip_adapter_weight: str | None
-    image_encoder: str | None
-    image: str | None
-    prompt: str | None
-    scale: float | None
-    case: Sequence[str] | None
-    quick: bool
-    seed: int | None
-    impl: str | None
-    device: str | None
-    dtype: Sequence[str] | None
-    json: str | None
 
 
 def add(commands: Commands) -> None:
@@ -104,11 +82,13 @@ def run(options: VerifyOptions) -> int:
     """
     with importing("diffusers"):
         from ..benchmarking.machine import machine_facts
-        from .device import available_device
+        from .device import available_device, check_switch
         from .verify_cases import chosen_cases
         from .verify_summary import summary
 
-    _check_options(options)
+    check_options(options)
+    if options.model is not None:
+        check_switch()
     file = json_file(options.json)
     cases = chosen_cases(options.case)
     device = available_device(options.device)
@@ -202,28 +182,6 @@ def _layer_rows(checked: Sequence[Checked]) -> list[list[str]]:
         figures = ["-", "-"] if findings[0].error else ratios(draw for finding in findings for draw in finding.draws)
         rows.append([str(len(findings)), shape, dtype, impl, *figures, verdict])
     return rows
-
-
-def _check_options(options: VerifyOptions) -> None:
-    from .device import check_switch
-
-    if isinstance(options.model, str) != (options.ip_adapter is not None):
-        raise UserError(
-            "--pipeline PATH and --ip-adapter go together: give both, or --pipeline alone for the one built in code"
-        )
-    if options.model is not None and (options.case or options.quick):
-        raise UserError("--case and --quick: they are about the named cases; with --pipeline leave them out")
-    for option, given, instead in (
-        ("--image", options.image, "random inputs"),
-        ("--prompt", options.prompt, "random inputs"),
-        ("--scale", options.scale, "random inputs"),
-        ("--ip-adapter-weight", options.ip_adapter_weight, "no weights"),
-        ("--image-encoder", options.image_encoder, "no weights"),
-    ):
-        if options.model is None and given is not None:
-            raise UserError(f"{option} {given}: it is for --pipeline; the named cases have {instead}")
-    if options.model is not None:
-        check_switch()
 
 
 def _check_kernel(options: VerifyOptions, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:

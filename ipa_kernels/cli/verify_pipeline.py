@@ -1,7 +1,7 @@
 """The pipeline of `ipa-kernels verify --pipeline`: loaded or built, and run while its layers are compared."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,14 +13,12 @@ from .loading import Weights, build_pipeline, check_paths, load_pipeline, read_p
 from .pictures import draw_reference
 from .quiet import quiet
 from .verify_layers import verify_layers
+from .verify_options import VerifyOptions
 from .verify_results import Checked
-
-if TYPE_CHECKING:
-    from .verify import VerifyOptions
 
 
 def verify_pipeline(
-    options: "VerifyOptions", dtype: torch.dtype, device: torch.device, impl: str, seed: int
+    options: VerifyOptions, dtype: torch.dtype, device: torch.device, impl: str, seed: int
 ) -> tuple[list[Checked], str]:
     """Every layer that has an IP-Adapter, and the report of the run.
 
@@ -55,7 +53,7 @@ def verify_pipeline(
     return checked, f"{dtype_name(dtype)}: {report}"
 
 
-def _pipeline(options: "VerifyOptions", dtype: torch.dtype) -> Any:
+def _pipeline(options: VerifyOptions, dtype: torch.dtype) -> Any:
     if isinstance(options.model, str) and options.ip_adapter is not None:
         encoder = IMAGE_ENCODER if options.image_encoder is None else options.image_encoder
         try:

@@ -28,7 +28,7 @@ def enable(target: Any, *, impl: str = "auto", cache: bool = True) -> Report:
 
     Args:
         target: a diffusers pipeline with a UNet, or the UNet itself. It need not have an IP-Adapter yet: one that is loaded
-            later is taken over on the next step.
+            later is enabled by the next uncompiled step.
         impl: "auto" is the kernel where it runs, else eager attention, which is bit for bit stock's; each distinct reason warns
             once (`ipa_kernels.FallbackWarning`). "triton" never falls back. "eager" never uses the kernel.
         cache: whether to keep what is constant during a generation: keys, values, image tokens, mask vectors.
@@ -190,7 +190,7 @@ def _report(unet: Any, target: str) -> Report:
         if state is None:
             layers.append(LayerReport(name, "stock", None, f"not enabled: {switch}", 0))
         elif type(processor) in families.FUSED:
-            waiting = "loaded since: taken over by the next step that is not compiled, until then stock"
+            waiting = "loaded after enable(): runs stock until the next uncompiled step"
             layers.append(LayerReport(name, planned, None, "; ".join([waiting, *reasons]), 0))
         elif layer is None or layer.impl is None:
             layers.append(LayerReport(name, planned, None, "; ".join(reasons), 0))
@@ -198,7 +198,7 @@ def _report(unet: Any, target: str) -> Report:
             layers.append(LayerReport(name, planned, layer.impl, layer.reason, layer.calls))
     note = ""
     if state is not None and not layers:
-        note = "no IP-Adapter is loaded: one that is loaded later is taken over on the next step"
+        note = "no IP-Adapter is loaded: one loaded later is enabled by the next uncompiled step"
     elif state is not None and state.context.cache:
         note = "\n  ".join(unkept_reasons(unet))
     kept = None if state is None else state.context.conditioning

@@ -150,4 +150,4 @@ def foreign_reason(processor: object, expected: bool) -> str | None:
     if kind in ADAPTERS or isinstance(processor, Installed) or not (expected or is_adapter(processor)):
         return None
     load = "load the adapter by load_ip_adapter, or set_attn_processor with diffusers' own"
-    return f"processor {kind.__name__}: not one of diffusers' IP-Adapter classes, which alone are taken over; {load}"
+    return f"processor {kind.__name__}: not one of diffusers' IP-Adapter classes, the only ones supported; {load}"

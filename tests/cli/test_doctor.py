@@ -449,6 +449,8 @@ def test_of_a_message_only_known_phrases_are_told(before: str, after: str, phras
 def test_a_module_that_is_missing_is_named() -> None:
     assert told(ModuleNotFoundError("No module named 'triton._C'", name="triton._C")) == "ModuleNotFoundError: triton"
     assert told(ModuleNotFoundError("No module named 'alicia'", name="alicia")) == "ModuleNotFoundError"
+    for package in probes.PACKAGES:
+        assert told(ModuleNotFoundError(name=package)) == f"ModuleNotFoundError: {package}"
 
 
 def test_an_exception_that_cannot_be_printed() -> None:

@@ -15,6 +15,7 @@ import torch
 
 from ipa_kernels import cli
 from ipa_kernels.cli import verify, verify_cases, verify_layers
+from ipa_kernels.cli.verify_options import VerifyOptions
 from ipa_kernels.cli.verify_results import Finding, ratios
 from ipa_kernels.integration.processors import branches, unet
 from ipa_kernels.ops import dispatch, eager
@@ -469,7 +470,7 @@ def test_no_gpu(fail: Any) -> None:
 
 def test_dtypes_that_are_verified_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU what has tensor cores: float32 where torch allows TF32, bfloat16 where the GPU has it."""
-    options = verify.VerifyOptions(None, None, None, "", None, "", 1.0, None, False, None, None, None, None, None)
+    options = VerifyOptions(None, None, None, "", None, "", 1.0, None, False, None, None, None, None, None)
     gpu = torch.device("cuda")
     monkeypatch.setattr(verify, "_is_interpreted", lambda: False)
     for tf32 in (False, True):

@@ -1,6 +1,6 @@
 """Random inputs of a kernel as views into memory that is NaN all around, and what a launch was given."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +10,22 @@ from torch import Tensor
 from ipa_kernels.testing.layer_cases import Inputs
 
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+def in_turns(cases: Sequence[tuple[Any, ...]], turn: Callable[[int], int] = lambda number: number) -> list[Any]:
+    """Each case with each dtype, which becomes its last parameter.
+
+    `make test` runs a case in one of them: float32 where the turn of its number is even, float16 where it is odd. `make
+    test-slow` runs it in the other, `make test-gpu` in bfloat16 too.
+    """
+
+    def marks(number: int, dtype: torch.dtype) -> Any:
+        if dtype == torch.bfloat16:
+            return pytest.mark.gpu
+        return () if dtype == (torch.float32, torch.float16)[turn(number) % 2] else pytest.mark.slow
+
+    dtypes = torch.float32, torch.float16, torch.bfloat16
+    return [pytest.param(*case, dtype, marks=marks(i, dtype)) for i, case in enumerate(cases) for dtype in dtypes]
 
 
 def fresh_seed() -> int:

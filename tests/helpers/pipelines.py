@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from diffusers import (
     AnimateDiffPipeline,
@@ -192,6 +193,12 @@ BUILDERS: dict[str, Builder] = {
     "modular-pag": _modular("pag"),
     "bare-unet": lambda: OwnLoop(unet(), ddim()),
 }
+
+QUICK = ("sd", "sdxl-inpaint", "kolors", "animatediff", "controlnet", "pag", "modular", "bare-unet")
+"""The kinds that stand for their relatives in `make test`; `make test-slow` runs those."""
+
+KINDS = [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in BUILDERS]
+"""Every kind, to be a parameter of a test."""
 
 
 def build(kind: str, names: tuple[str, ...] = (), dtype: torch.dtype = torch.float32) -> Any:

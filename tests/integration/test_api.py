@@ -276,7 +276,7 @@ def test_an_adapter_loaded_behind_a_compiled_unet_says_that_it_waits() -> None:
     pipe = build("sd", ("base",))
     ipa_kernels.enable(pipe)
     load(pipe, "plus")
-    assert all("loaded since" in layer.reason for layer in ipa_kernels.explain(pipe).layers)
+    assert all("loaded after enable()" in layer.reason for layer in ipa_kernels.explain(pipe).layers)
 
 
 def test_accelerated_restores_what_it_found() -> None:

@@ -22,7 +22,7 @@ KINDS = ("sd", "sdxl", "animatediff", "kolors")
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
-SLOW = (("sdxl", 1), ("sdxl", 2), ("animatediff", 1), ("animatediff", 2), ("kolors", 1), ("kolors", 2))
+SLOW = (("sd", 1), ("sdxl", 1), ("sdxl", 2), ("animatediff", 1), ("animatediff", 2), ("kolors", 1), ("kolors", 2))
 """Kinds and numbers of adapters that `make test` leaves to `make test-slow`: others show the same."""
 
 
@@ -128,7 +128,7 @@ def test_an_adapter_loaded_behind_a_graph_runs_stock_until_the_next_enable() -> 
     for pipe in (compiled, twin):
         load(pipe, "base")  # the loaders of a pipeline look through the compiled UNet
     as_stock(compiled, twin, ("base",), Control())
-    assert all("loaded since" in layer.reason for layer in ipa_kernels.explain(compiled).layers)
+    assert all("loaded after enable()" in layer.reason for layer in ipa_kernels.explain(compiled).layers)
     ipa_kernels.enable(compiled)
     as_stock(compiled, twin, ("base",), Control())
     assert {layer.impl for layer in ipa_kernels.explain(compiled).layers} == {"eager"}

@@ -1,8 +1,8 @@
 """Pipelines × adapters × controls: what `enable` may not change."""
 
 import copy
-from collections.abc import Callable
-from itertools import cycle
+from collections.abc import Callable, Iterator
+from itertools import cycle, product
 from typing import Any
 
 import pytest
@@ -15,7 +15,7 @@ from ipa_kernels import UnsupportedError, reference
 from ..helpers.adapters import SETS
 from ..helpers.controls import CONTROLS, Control
 from ..helpers.generate import Outcome, classes, generate, outcome, refuses, same, takes, target, traces
-from ..helpers.pipelines import BUILDERS, build
+from ..helpers.pipelines import BUILDERS, QUICK, build
 
 pytestmark = pytest.mark.filterwarnings("ignore:The aspect ratio of the mask:UserWarning")
 
@@ -34,12 +34,16 @@ def run(pipe: Any, names: tuple[str, ...], control: Control) -> Outcome:
     return set_scales(pipe, names, control) or outcome(pipe, names, control)
 
 
-IN_SHORT = ("sd", "sdxl-inpaint", "kolors", "animatediff", "controlnet", "pag", "modular", "bare-unet")
-"""The kinds that `make test` runs; `make test-slow` runs their relatives."""
+def pairs() -> Iterator[Any]:
+    """Each pipeline with each set of adapters. `make test` runs every set with "sd", and half of them, one adapter and several,
+    with each kind that stands for others; every set is among those of four kinds or five. `make test-slow` runs the rest.
+    """
+    for kind, (j, names) in product(BUILDERS, enumerate(SETS)):
+        is_quick = kind == "sd" or (kind in QUICK and (QUICK.index(kind) + j) % 2 == 0)
+        yield pytest.param(kind, names, marks=() if is_quick else pytest.mark.slow, id=f"{kind}-{'+'.join(names)}")
 
 
-@pytest.mark.parametrize("names", SETS, ids="+".join)
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=() if kind in IN_SHORT else pytest.mark.slow) for kind in BUILDERS])
+@pytest.mark.parametrize(("kind", "names"), list(pairs()))
 def test_enabled_is_stock(kind: str, names: tuple[str, ...], record_property: Callable[[str, object], None]) -> None:
     """5,160 cells: 22 pipelines x 8 sets of adapters x 30 controls, less the callbacks that a pipeline does not take.
 
@@ -93,7 +97,14 @@ def test_the_matrix_is_as_large_as_it_says() -> None:
     )
 
 
-@pytest.mark.parametrize(("kind", "names"), list(zip(BUILDERS, cycle(SETS), strict=False)), ids=str)
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        # as many sets as kinds that stand for others: each of both is in `make test` once
+        pytest.param(kind, names, marks=() if kind in QUICK else pytest.mark.slow, id=f"{kind}-{'+'.join(names)}")
+        for kind, names in zip(sorted(BUILDERS, key=lambda kind: kind not in QUICK), cycle(SETS), strict=False)
+    ],
+)
 def test_the_kernel_in_every_pipeline_and_with_every_adapter(kind: str, names: tuple[str, ...]) -> None:
     through_the_kernel(kind, names, Control(masks=CONTROLS["mask for the last alone"].masks))
 

@@ -18,7 +18,7 @@ from ipa_kernels.testing import tiny_pipelines
 from ..helpers.adapters import CHECKPOINTS, load
 from ..helpers.controls import Control, binary
 from ..helpers.generate import generate
-from ..helpers.pipelines import BUILDERS, build, unet
+from ..helpers.pipelines import KINDS, build, unet
 
 
 @pytest.fixture(autouse=True, params=["before", "after"])
@@ -97,7 +97,7 @@ def test_ip_adapter(kind: str) -> None:
 @pytest.mark.parametrize(
     "names", [("base",), ("base", "light"), ("plus", "plus-face"), ("faceid",), ("faceid", "base")], ids="+".join
 )
-@pytest.mark.parametrize("kind", BUILDERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_pipeline_with_scale_0_and_scale_42(kind: str, names: tuple[str, ...]) -> None:
     pipe = build(kind)
     plain = generate(pipe)
@@ -121,7 +121,7 @@ def test_a_pipeline_with_and_without_guidance(kind: str) -> None:
     assert not torch.allclose(alone, guided)
 
 
-@pytest.mark.parametrize("kind", BUILDERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_pipeline_with_masks(kind: str) -> None:
     control = Control(masks=lambda n, rows: [binary()] * n)
     pipe = build(kind, ("base",))

@@ -18,7 +18,7 @@ from ipa_kernels.kernels.specialization_backward import Wanted, backward_source
 from ipa_kernels.ops import dispatch
 from ipa_kernels.testing.layer_cases import Inputs
 
-from ..helpers.kernel_inputs import DTYPES, Recorder, island, leaves, random_inputs
+from ..helpers.kernel_inputs import Recorder, in_turns, island, leaves, random_inputs
 
 ENOUGH = 1000
 """The least number of values of which the statistics of errors say something."""
@@ -106,23 +106,24 @@ def draw(
     return inputs, island(torch.randn(inputs.query.shape, device=device).to(dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("batch", "heads", "queries", "head_dim", "lengths"),
-    [
-        # every head dim and every length of the forward's tests, as text or as image
-        (2, 4, 65, 8, (77, 4)),
-        (1, 3, 100, 24, (17, 257)),
-        (3, 3, 63, 40, (154, 16)),
-        (2, 4, 65, 64, (77, 16, 4, 81)),
-        (1, 4, 100, 80, (257, 15)),
-        (1, 4, 63, 88, (600, 1)),
-        (1, 4, 65, 128, (1, 77)),
-        (1, 2, 100, 160, (81, 17)),
-        (1, 2, 65, 256, (4, 154)),
-        (2, 4, 1, 40, (77, 4)),
-        (2, 4, 65, 40, (77,)),
-    ],
+    ("batch", "heads", "queries", "head_dim", "lengths", "dtype"),
+    in_turns(
+        [
+            # every head dim and every length of the forward's tests, as text or as image
+            (2, 4, 65, 8, (77, 4)),
+            (1, 3, 100, 24, (17, 257)),
+            (3, 3, 63, 40, (154, 16)),
+            (2, 4, 65, 64, (77, 16, 4, 81)),
+            (1, 4, 100, 80, (257, 15)),
+            (1, 4, 63, 88, (600, 1)),
+            (1, 4, 65, 128, (1, 77)),
+            (1, 2, 100, 160, (81, 17)),
+            (1, 2, 65, 256, (4, 154)),
+            (2, 4, 1, 40, (77, 4)),
+            (2, 4, 65, 40, (77,)),
+        ]
+    ),
     ids=str,
 )
 def test_odd_shapes(

@@ -16,7 +16,7 @@ from torch import Tensor
 from ipa_kernels import decoupled_attention, reference
 from ipa_kernels.testing.layer_cases import CASES, Inputs
 
-from ..helpers.kernel_inputs import DTYPES, fresh_seed, random_inputs
+from ..helpers.kernel_inputs import DTYPES, fresh_seed, in_turns, random_inputs
 
 HEAD_DIMS = [8, 24, 40, 64, 80, 88, 128, 160, 256]
 QUERIES = [63, 65, 100]
@@ -48,20 +48,22 @@ def assert_within_budget(draw: Callable[[], Inputs], *, copies: int = 1, **optio
     assert reference.kept(draws), "; again: ".join(map(str, draws))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "dtype"), in_turns([(name,) for name in CASES]), ids=str)
 def test_named_cases(name: str, dtype: torch.dtype, device: torch.device) -> None:
     assert_within_budget(lambda: CASES[name].small().inputs(dtype, device, seed=fresh_seed()))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("head_dim", "length", "queries", "batch"),
-    [
-        # every head dim with every length; queries and batch take turns
-        (head_dim, length, QUERIES[(i + j) % 3], 1 + j % 3)
-        for (i, head_dim), (j, length) in itertools.product(enumerate(HEAD_DIMS), enumerate(KEYS))
-    ],
+    ("head_dim", "length", "queries", "batch", "dtype"),
+    in_turns(
+        [
+            # every head dim with every length; queries and batch take turns
+            (head_dim, length, QUERIES[(i + j) % 3], 1 + j % 3)
+            for (i, head_dim), (j, length) in itertools.product(enumerate(HEAD_DIMS), enumerate(KEYS))
+        ],
+        lambda n: n // len(KEYS) + n % len(KEYS),
+    ),
+    ids=str,
 )
 def test_odd_shapes(head_dim: int, length: int, queries: int, batch: int, dtype: torch.dtype, device: torch.device) -> None:
     heads = math.ceil(ROWS / (batch * queries))
@@ -75,8 +77,11 @@ def test_numbers_of_branches(lengths: tuple[int, ...], dtype: torch.dtype, devic
     assert_within_budget(lambda: random_inputs(2, 4, 65, 40, lengths, dtype, device))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("head_dim", "lengths"), list(zip(HEAD_DIMS, itertools.cycle([(77, 4), (600, 17)]), strict=False)))
+@pytest.mark.parametrize(
+    ("head_dim", "lengths", "dtype"),
+    in_turns(list(zip(HEAD_DIMS, itertools.cycle([(77, 4), (600, 17)]), strict=False)), lambda n: n // 2),
+    ids=str,
+)
 def test_one_query(head_dim: int, lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     """Stock gets 64 equal queries: for one, the CPU's float32 routines are others, that sum more exactly than for any more."""
     rows = ROWS_OF_ONE_QUERY // 2

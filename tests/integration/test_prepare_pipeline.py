@@ -15,7 +15,7 @@ from torch import Tensor
 
 import ipa_kernels
 from ipa_kernels.graphs import cuda_graphs
-from ipa_kernels.integration import hooks, preparation, scale_table, steps
+from ipa_kernels.integration import hooks, prepare_pipeline, scale_table, steps
 from ipa_kernels.integration.state import is_traced_or_captured
 from ipa_kernels.integration.static_storage import StaticStorage
 
@@ -172,7 +172,7 @@ def test_wrong_targets_and_arguments() -> None:
     pipe = build("sd", ("base",))
     with pytest.raises(TypeError, match="pipe: expected a diffusers pipeline"):
         ipa_kernels.prepare(pipe.unet)
-    with pytest.raises(TypeError, match=r"promt_embeds: expected an argument of StableDiffusionPipeline\.__call__"):
+    with pytest.raises(TypeError, match=r"StableDiffusionPipeline\.__call__\(\) got an unexpected argument 'promt_embeds'"):
         ipa_kernels.prepare(pipe, promt_embeds=None)
     with pytest.raises(ValueError, match="without; load_ip_adapter comes first"):
         prepare(build("sd"), ())
@@ -526,19 +526,19 @@ def test_a_prepare_that_fails_at_its_end(monkeypatch: pytest.MonkeyPatch) -> Non
     """On a GPU it runs a step when the buffers are filled."""
     pipe, twin = pair("sd", ("base",))
     ipa_kernels.enable(pipe)
-    works = preparation._compile
+    works = prepare_pipeline._compile
 
     def fails(*arguments: Any) -> None:
         raise torch.OutOfMemoryError("of the step")
 
     for held in (None, "those of the first"):
-        monkeypatch.setattr(preparation, "_compile", fails)
+        monkeypatch.setattr(prepare_pipeline, "_compile", fails)
         before = buffers(pipe)
         assert (before is None) == (held is None)
         with pytest.raises(torch.OutOfMemoryError):
             prepare(pipe, ("base",), seed=2)
         assert buffers(pipe) is before
-        monkeypatch.setattr(preparation, "_compile", works)
+        monkeypatch.setattr(prepare_pipeline, "_compile", works)
         prepare(pipe, ("base",))
     pipe.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
     as_stock(pipe, twin, ("base",), Control(), seed=3)
@@ -569,7 +569,7 @@ def test_the_random_numbers_of_the_gpu_that_the_unet_is_on(monkeypatch: pytest.M
 
     monkeypatch.setattr(torch.random, "fork_rng", fork)
     prepare(pipe, ("base",))
-    monkeypatch.setattr(preparation, "execution_device", lambda unet: torch.device("cuda:1"))
+    monkeypatch.setattr(prepare_pipeline, "execution_device", lambda unet: torch.device("cuda:1"))
     prepare(pipe, ("base",))
     assert forked == [[], [torch.device("cuda:1")]]
 

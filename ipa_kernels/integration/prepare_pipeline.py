@@ -84,7 +84,7 @@ def _check_names(pipe: Any, arguments: dict[str, Any]) -> None:
     known = [name for name, parameter in inspect.signature(kind.__call__).parameters.items() if parameter.kind not in _ANY]
     for name in arguments:
         if name not in known[1:]:
-            raise TypeError(f"{name}: expected an argument of {kind.__name__}.__call__, got a name that it does not have")
+            raise TypeError(f"{kind.__name__}.__call__() got an unexpected argument {name!r}: expected those of pipe(...)")
 
 
 def _fill(state: "ModelState", unet: Any, given: tuple[Any, ...], options: dict[str, Any]) -> None:
