@@ -7,7 +7,8 @@ on a GPU, their launches. All candidates take turns.
 
 hot      One layer, called in a loop, stock and enabled on the same module: everything that it touches is in the caches.
 in step  All 70 cross-attentions of SDXL, one call each, with the rest of the UNet between them; seconds are of one layer. How,
-         without a hook or a `forward` that the package would see: `benchmarks.host_step`. "hook" is what the package does
+         without a hook or a `forward` that the package would see: `benchmarks.host_step`; all at one speed of the machine, and
+         from which: `benchmarks.host_rounds`. "hook" is what the package does
          before the first layer of a later step and after its last, for the whole step.
 
 In "first" everything is checked and computed, as in a step that begins a generation (in a step: with new prompt, images and
@@ -42,7 +43,7 @@ from torch import Tensor
 from ipa_kernels.benchmarking.machine import machine_facts
 from ipa_kernels.benchmarking.timing import interleaved
 
-from . import host_step
+from . import host_rounds, host_step
 from .calls import many, of_one
 from .generation import VARIANTS, Layer, Shape
 
@@ -99,7 +100,9 @@ def main() -> int:
     parser.add_argument("--adapters", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--json", type=Path, help="write facts about the machine and every number")
-    parser.add_argument("--baseline", type=Path, metavar="FOLDER", help="a checkout of another version, to be measured in turns")
+    parser.add_argument(
+        "--baseline", type=Path, metavar="FOLDER", help="a checkout of another version, to be measured in turns"
+    )
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
@@ -109,7 +112,7 @@ def main() -> int:
     print(", ".join(f"{name} {value}" for name, value in facts.items() if value is not None))
     print("microseconds per call of a layer on the host" + ", the launch stubbed" * (device.type == "cpu"))
     rows = []
-    other = nullcontext() if arguments.baseline is None else host_step.Worker(arguments.baseline, dtype, device)
+    other = nullcontext() if arguments.baseline is None else host_rounds.Worker(arguments.baseline, dtype, device)
     with other as baseline:
         for adapters in arguments.adapters:
             row = measure(adapters, dtype, device, arguments.rounds)
@@ -117,7 +120,9 @@ def main() -> int:
             ratios = f"later/stock {row['ratio']:.2f}, first/stock {row['ratio of the first']:.2f}"
             print(f"{adapters}\n  hot: {times}; {ratios}", flush=True)
             number, _, masked = VARIANTS[adapters]
-            row |= host_step.measure(number, masked, dtype, device, arguments.rounds, baseline) | {"commit": facts["commit"]}
+            row |= host_rounds.measure(number, masked, dtype, device, arguments.rounds, baseline) | {
+                "commit": host_step.version(device)
+            }
             print(_line("in a step", row["step"]), flush=True)
             if baseline is not None:
                 print(_line(f"in a step of {baseline.commit}", row["baseline"]), flush=True)

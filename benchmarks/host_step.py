@@ -3,29 +3,23 @@
 Used by `benchmarks.host`. What is enabled sees nothing of the clock: a hook, or a `forward` of somebody else's, would make the
 package check more. A transformer block compares its `norm_type` last before it calls `norm2` and the layer, and first after the
 sum that follows: that string is a `Clock`, which notes when. "empty" is the same UNet whose layers are a function that returns
-its input, and what it takes is subtracted in each round, for `norm2`, the sum and the clock are in every candidate.
+its input, and what it takes is subtracted, for `norm2`, the sum and the clock are in every candidate.
 
-Each candidate has modules of its own around the same weights, and takes its step twice in a row: the second is timed, for in a
-generation a step of the same UNet runs before it too. Host time: no launch is waited for.
+Each candidate has modules of its own around the same weights. Times are CPU time of this thread, so that nothing else that the
+machine runs is in them, and the launches of a GPU are not waited for.
 
-Run as a script, `python -P benchmarks/host_step.py`, it is a `Worker`: it measures the package that PYTHONPATH names, round by
-round as it is asked. So it imports nothing of `benchmarks`, and of the package what other versions have too.
+Run as a script, `python -P benchmarks/host_step.py cpu float32`, it measures the package that PYTHONPATH names, round by round,
+as `benchmarks.host_rounds.Worker` asks. So it imports nothing of `benchmarks`, and of the package what other versions have too.
 """
 
-import argparse
 import copy
 import gc
 import itertools
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 from unittest import mock
 
@@ -37,15 +31,11 @@ from torch import Tensor
 
 import ipa_kernels
 from ipa_kernels.benchmarking.machine import machine_facts
-from ipa_kernels.benchmarking.timing import check_rounds, timing
 from ipa_kernels.kernels.launch import Launch
 from ipa_kernels.testing.unet_models import MODELS, Model, UNetInputs, build, clone, load
 
 LAYERS = 70
 """Cross-attentions of SDXL."""
-
-WARM_UP = 2
-"""Rounds before those that count."""
 
 LATENTS = 8
 """On the side: 16 and 4 queries in a layer. Masks are those of a picture of 1024 pixels, which is what stock resizes."""
@@ -63,7 +53,14 @@ TINY_SDXL = Model(
     resampler=64,
 )
 
+CLOCK = time.thread_time if time.get_clock_info("thread_time").resolution < 1e-6 else time.perf_counter
+"""Where CPU time is counted in ticks of the system, it is no measure of a layer."""
+
 CANDIDATES = ("stock", "first", "later", "forward", "projections")
+
+
+Sample = dict[str, tuple[float, float]]
+"""By candidate: seconds in the layers of a step, and in the rest of it; by "hook", those of the hooks, and that rest."""
 
 
 class Nothing:
@@ -83,14 +80,13 @@ class Nothing:
 class Clock(str):
     """A string that notes when it is compared."""
 
-    __slots__ = ("stamps",)
     __hash__ = str.__hash__
 
     def __init__(self, text: str) -> None:
         self.stamps: list[float] = []
 
     def __eq__(self, other: object) -> bool:
-        self.stamps.append(time.perf_counter())
+        self.stamps.append(CLOCK())
         return str.__eq__(self, other)
 
 
@@ -157,24 +153,23 @@ class Step:
         return before, len(stamps)
 
     @torch.no_grad()
-    def sample(self) -> dict[str, float]:
-        """Seconds of a layer, by candidate, and "hook", of a step."""
-        # three steps of a generation, which has 1000
-        i = 3 * (next(self.rounds) % 333)
-        spans, hook = {}, 0.0
+    def sample(self) -> Sample:
+        """One step of each candidate."""
+        # two steps of a generation, which has 1000
+        i = 2 * (next(self.rounds) % 500)
+        found: Sample = {}
         for name, candidate in self.candidates.items():
-            for turn in range(2):
-                if name == "first":
-                    candidate.inputs = _renewed(self.inputs)
-                spans[name] = self._span(candidate, 0 if name == "first" else i + turn)
+            if name == "first":
+                candidate.inputs = _renewed(self.inputs)
+            found[name] = self._time(candidate, 0 if name == "first" else i)
             if name == "later":
-                hook = self._hook(candidate, i + 2)
+                found["hook"] = self._hook(candidate, i + 1), found[name][1]
         for name in ("first", "later"):
             _check("layers on the kernel", ipa_kernels.explain(self.candidates[name].unet).triton)
-        return {name: (spans[name] - spans["empty"]) / LAYERS for name in CANDIDATES} | {"hook": hook}
+        return found
 
-    def _span(self, candidate: Candidate, i: int) -> float:
-        """Seconds from the last comparison before a layer to the first after it, of all layers."""
+    def _time(self, candidate: Candidate, i: int) -> tuple[float, float]:
+        """Seconds from the last comparison before a layer to the first after it, of all layers; and between these."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         gc.disable()
@@ -184,7 +179,8 @@ class Step:
             gc.enable()
         if len(stamps) != self.comparisons:
             raise RuntimeError(f"a step compares {len(stamps)} times, and {self.comparisons} without its cross-attentions")
-        return sum(stamps[k] - stamps[k - 1] for k in self.before)
+        inside = sum(stamps[k] - stamps[k - 1] for k in self.before)
+        return inside, stamps[-1] - stamps[0] - inside
 
     def _hook(self, candidate: Candidate, i: int) -> float:
         """Seconds of what the package does before and after a step, called as torch calls it, in the next step's place."""
@@ -199,72 +195,14 @@ class Step:
         self.inputs.step(unet, i)
         unet = candidate.unet
         ((arguments, options),) = calls
-        start = time.perf_counter()
+        start = CLOCK()
         for key, hook in list(unet._forward_pre_hooks.items()):
             with_options = key in unet._forward_pre_hooks_with_kwargs
             hook(unet, arguments, options) if with_options else hook(unet, arguments)
         for key, hook in list(unet._forward_hooks.items()):
             with_options = key in unet._forward_hooks_with_kwargs
             hook(unet, arguments, options, out) if with_options else hook(unet, arguments, out)
-        return time.perf_counter() - start
-
-
-class Worker:
-    """This file in a process of its own, measuring the package of another checkout."""
-
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-        path = [str(folder.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
-        command = [sys.executable, "-P", __file__, "--device", str(device), "--dtype", str(dtype).removeprefix("torch.")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
-        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        facts = self.ask({})
-        self.commit = facts["commit"]
-        if Path(facts["package"]).parent != folder.resolve():
-            self.process.kill()
-            raise RuntimeError(f"--baseline {folder}: has no ipa_kernels; {facts['package']} was found instead")
-
-    def ask(self, question: dict[str, Any]) -> Any:
-        """Its answer. Raises RuntimeError where it ended instead; why stands on stderr."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        try:
-            self.process.stdin.write(json.dumps(question) + "\n")
-            self.process.stdin.flush()
-            answer = self.process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            raise RuntimeError(f"--baseline: measuring it ended with status {self.process.wait()}")
-        return json.loads(answer)
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.process.communicate()  # closes its stdin, which ends it
-
-
-def measure(
-    adapters: int, masked: bool, dtype: torch.dtype, device: torch.device, rounds: int, baseline: Worker | None
-) -> dict[str, dict[str, Any]]:
-    """{"step": ...}, and "baseline" where there is one: each round first here, then there."""
-    check_rounds(rounds)
-    step = Step(adapters, masked, dtype, device)
-    sources: dict[str, Callable[[], dict[str, float]]] = {"step": step.sample}
-    if baseline is not None:
-        baseline.ask({"adapters": adapters, "masked": masked})
-        sources["baseline"] = lambda: baseline.ask({})  # type: ignore[no-any-return]
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in sources}
-    with launch_left_out(device):
-        for round_ in range(-WARM_UP, rounds):
-            for name, sample in sources.items():
-                taken = sample()
-                if round_ >= 0:
-                    samples[name].append(taken)
-    found = {name: _summary(taken) for name, taken in samples.items()}
-    if baseline is not None:
-        found["baseline"]["commit"] = baseline.commit
-    return found
+        return CLOCK() - start
 
 
 def launch_left_out(device: torch.device) -> AbstractContextManager[Any]:
@@ -274,18 +212,6 @@ def launch_left_out(device: torch.device) -> AbstractContextManager[Any]:
 
 def _leave_out(launch: Launch, *arguments: Any) -> None:
     """In the place of a launch: takes its arguments."""
-
-
-def _summary(samples: list[dict[str, float]]) -> dict[str, Any]:
-    timings = {name: timing([sample[name] for sample in samples]) for name in (*CANDIDATES, "hook")}
-    stock, _, later, forward, projections = (timings[name].median for name in CANDIDATES)
-    return {
-        "layers": LAYERS,
-        "seconds": {name: asdict(timings[name]) for name in CANDIDATES},
-        "ratio": later / stock,
-        "above the floor": (later - forward - projections) / stock,
-        "hook": asdict(timings["hook"]),
-    }
 
 
 def _nothing(hidden_states: Tensor, **options: Any) -> Tensor:
@@ -316,27 +242,30 @@ def _check(what: str, count: int) -> None:
         raise RuntimeError(f"expected {LAYERS} {what}, got {count}: another model would be measured")
 
 
+def version(device: torch.device) -> str:
+    """The commit of the package that is measured, or the digest of its source where it is no clone."""
+    facts = machine_facts(device)
+    return str(facts["commit"] or facts["source"])
+
+
 def main() -> int:
-    """Answer one question a line: {} before the first step is who, {"adapters", "masked"} makes a step, {} samples it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", required=True)
-    parser.add_argument("--dtype", required=True)
-    arguments = parser.parse_args()
-    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    """Answer questions, one a line: ["version"], ["step", adapters, masked], and, of the step made last, ["sample"]."""
+    device, dtype = torch.device(sys.argv[1]), getattr(torch, sys.argv[2])
     torch.set_num_threads(1)
     # what a library prints is no answer
     answers, sys.stdout = sys.stdout, sys.stderr
-    step: Step | None = None
+    steps: list[Step] = []
     with launch_left_out(device):
         for line in sys.stdin:
-            question = json.loads(line)
-            answer: dict[str, Any] = {}
-            if question:
-                step = Step(question["adapters"], question["masked"], dtype, device)
-            elif step is not None:
-                answer = dict(step.sample())
+            question, *details = json.loads(line)
+            answer: Any = None
+            if question == "version":
+                answer = version(device)
+            elif question == "step":
+                adapters, masked = details
+                steps = [Step(adapters, masked, dtype, device)]
             else:
-                answer = {"package": str(Path(ipa_kernels.__file__).resolve().parent), "commit": machine_facts(device)["commit"]}
+                answer = steps[0].sample()
             print(json.dumps(answer), file=answers, flush=True)
     return 0
 
