@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 
 import ipa_kernels
 from benchmarks import (
@@ -574,9 +575,29 @@ def test_the_host_driver_measures_a_layer_in_a_step(tmp_path: Path, monkeypatch:
         assert "baseline" not in row
 
 
-def test_a_step_is_timed_in_its_layers_alone() -> None:
+@pytest.fixture(scope="module")
+def step() -> host_step.Step:
+    return host_step.Step(1, False, torch.float32, CPU)
+
+
+def test_the_clock_in_a_step_is_not_seen(step: host_step.Step) -> None:
+    """The same is found as where the blocks have their own strings."""
+    clocked, plain = step.candidates["later"], unet_models.clone(step.candidates["stock"].unet)
+    for module in plain.modules():
+        if isinstance(module, BasicTransformerBlock):
+            module.norm_type = "layer_norm"
+    ipa_kernels.enable(plain, impl="triton")
+    with torch.no_grad(), host_step.launch_left_out(CPU):
+        for i in range(3):
+            clocked.step(i)
+            step.inputs.step(plain, i)
+    cache = ipa_kernels.explain(plain).cache
+    assert cache.hits > cache.misses, "something was not found, so that this proves nothing"
+    assert str(ipa_kernels.explain(clocked.unet)) == str(ipa_kernels.explain(plain))
+
+
+def test_a_step_is_timed_in_its_layers_alone(step: host_step.Step) -> None:
     """Of what takes a millisecond in each block, the cross-attentions are counted and what is called around them is not."""
-    step = host_step.Step(1, False, torch.float32, CPU)
     candidate = step.candidates["empty"]
 
     def burn(hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
