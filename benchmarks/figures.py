@@ -23,7 +23,7 @@ TITLES = {
     "unet_step": "UNet step",
     "first_image": "Time to the first image",
     "generation": "Once per generation",
-    "host": "On the host: one hot layer, called in a loop",
+    "host": "On the host: one hot layer, called in a loop, and a layer in a step",
     "growth": "Cost as work grows, counted without a GPU",
     "training": "Forward and backward",
 }
@@ -188,14 +188,29 @@ def generation(document: Document) -> list[str]:
 
 
 def host(document: Document) -> list[str]:
-    """Microseconds of a call up to the launch, and the share of stock's."""
+    """Microseconds of a call up to the launch, hot and in a step, and the share of stock's; below them another version's."""
     names = ("stock", "first", "later", "forward", "projections")
-    rows = [
-        [row["adapters"], row["launch"], *(_microseconds(row["seconds"][name]) for name in names), _number(row["ratio"], 2)]
-        for row in document["rows"]
+    header = [*(f"{name}, us" for name in names), "later of stock"]
+
+    def figures(entry: dict[str, Any]) -> list[str]:
+        return [*(_microseconds(entry["seconds"][name]) for name in names), _number(entry["ratio"], 2)]
+
+    parts = [
+        _table(
+            ["hot: adapters", "launch", *header], [[row["adapters"], row["launch"], *figures(row)] for row in document["rows"]]
+        )
     ]
-    header = ["adapters", "launch", *(f"{name}, us" for name in names), "later of stock"]
-    return [_table(header, rows)]
+    rows = []
+    for row in document["rows"]:
+        both = (row.get("commit"), row.get("step")), (row.get("baseline", {}).get("commit"), row.get("baseline"))
+        for commit, step in both:
+            if step:
+                floor = _number(step["above the floor"], 3)
+                rows.append([row["adapters"], commit, *figures(step), floor, _microseconds(step["hook"])])
+    if rows:
+        header = ["in a step: adapters", "commit", *header, "above the floor, of stock", "hook, us a step"]
+        return [*parts, _table(header, rows)]
+    return [*parts, f"In a step: {NOT_MEASURED}."]
 
 
 def growth(document: Document) -> list[str]:

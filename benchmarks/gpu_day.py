@@ -81,7 +81,7 @@ def steps(device: str) -> list[Step]:
         _driver("unet_step_sdxl", 110, device, "unet_step", "--model", "sdxl", "--rounds", "5", *graphed),
         _driver("unet_step_sd15", 60, device, "unet_step", "--model", "sd15", *graphed),
         _driver("sweep", 60, device, "attention", "--sweep", "--rounds", "10", "--seconds", "40"),
-        _driver("host", 30, device, "host", "--rounds", "5"),
+        _driver("host", 60, device, "host", "--rounds", "5"),
         _driver("generation", 60, device, "generation", "--rounds", "5", "--adapters", "one", "three masked"),
         _driver("first_image", 60, device, "first_image", "--ways", "stock", "enabled", "graphed"),
         _driver("training", 90, device, "training", "--models", "sd15", "--rounds", "10"),

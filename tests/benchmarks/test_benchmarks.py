@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import time
 from dataclasses import replace
@@ -12,11 +13,25 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 
 import ipa_kernels
-from benchmarks import attention, figures, generation, gpu_day, host, peers, plots, sweeps, training, unet_step
+from benchmarks import (
+    attention,
+    figures,
+    generation,
+    gpu_day,
+    host,
+    host_rounds,
+    host_step,
+    peers,
+    plots,
+    sweeps,
+    training,
+    unet_step,
+)
 from ipa_kernels import decoupled_attention, reference
-from ipa_kernels.benchmarking import device_time
+from ipa_kernels.benchmarking import device_time, machine
 from ipa_kernels.integration import conditioning_cache
 from ipa_kernels.testing import unet_models
 from ipa_kernels.testing.layer_cases import CASES
@@ -540,9 +555,6 @@ def test_the_host_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert "microseconds per call of a layer on the host, the launch stubbed" in capsys.readouterr().out
 
 
-@pytest.mark.xfail(
-    strict=True, raises=KeyError, reason="One mechanism for what is constant: benchmarks.host measures a step"
-)  # fmt: skip
 def test_the_host_driver_measures_a_layer_in_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all cross-attentions of SDXL at tiny widths, one call each: a hot layer in a loop is several times as fast."""
     monkeypatch.undo()
@@ -561,8 +573,107 @@ def test_the_host_driver_measures_a_layer_in_a_step(tmp_path: Path, monkeypatch:
         assert set(seconds) == {"stock", "first", "later", "forward", "projections"}
         assert all(timing["calls"] == 2 for timing in step["seconds"].values()), "each a whole step, in turns"
         assert step["ratio"] == pytest.approx(seconds["later"] / seconds["stock"])
+        floor = seconds["forward"] + seconds["projections"]
+        assert step["above the floor"] == pytest.approx((seconds["later"] - floor) / seconds["stock"])
         # of the whole step, before its first layer
         assert set(step["hook"]) == {"median", "p20", "p80", "calls"}
+        assert row["commit"] == host_step.version(CPU)
+        assert "baseline" not in row
+
+
+@pytest.fixture(scope="module")
+def step() -> host_step.Step:
+    return host_step.Step(1, False, torch.float32, CPU)
+
+
+def test_the_clock_in_a_step_is_not_seen(step: host_step.Step) -> None:
+    """The same is found as where the blocks have their own strings."""
+    clocked, plain = step.candidates["later"], unet_models.clone(step.candidates["stock"].unet)
+    for module in plain.modules():
+        if isinstance(module, BasicTransformerBlock):
+            module.norm_type = "layer_norm"
+    ipa_kernels.enable(plain, impl="triton")
+    with torch.no_grad(), host_step.launch_left_out(CPU):
+        for i in range(3):
+            clocked.step(i)
+            step.inputs.step(plain, i)
+    cache = ipa_kernels.explain(plain).cache
+    assert cache.hits > cache.misses, "something was not found, so that this proves nothing"
+    assert str(ipa_kernels.explain(clocked.unet)) == str(ipa_kernels.explain(plain))
+
+
+def test_a_step_is_timed_in_its_layers_alone(step: host_step.Step) -> None:
+    """Of what takes a millisecond in each block, the cross-attentions are counted and what is called around them is not."""
+    candidate = step.candidates["empty"]
+
+    def burn(hidden_states: torch.Tensor, **options: Any) -> torch.Tensor:
+        end = host_step.CLOCK() + 1e-3
+        while host_step.CLOCK() < end:
+            pass
+        return hidden_states
+
+    with torch.no_grad():
+        step._time(candidate, 0)
+        for block in candidate.blocks:
+            del block.attn1, block.ff
+            block.attn1 = block.ff = burn
+        layers, rest = step._time(candidate, 1)
+        assert layers < 0.035
+        assert rest > 0.14
+        candidate.replace(lambda layer: burn)
+        layers, _ = step._time(candidate, 2)
+        assert 0.07 < layers < 0.105
+
+
+@pytest.mark.slow
+def test_the_host_driver_measures_another_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A copy of the package, known by the digest of its source."""
+    monkeypatch.undo()
+    copy, file = tmp_path / "ipa_kernels", tmp_path / "host.json"
+    shutil.copytree(Path(ipa_kernels.__file__).parent, copy)
+    (copy / "another.py").write_text('"""Not in this one."""\n')
+    monkeypatch.setattr(host, "CALLS", 1)
+    options = ["--device", "cpu", "--rounds", "1", "--adapters", "one", "--baseline", str(tmp_path), "--json", str(file)]
+    monkeypatch.setattr("sys.argv", ["host", *options])
+    assert host.main() == 0
+    (row,) = json.loads(file.read_text())["rows"]
+    step, other = row["step"], row["baseline"]
+    assert set(other) == {*step, "commit"}
+    assert other["commit"] == machine._digest(copy) != machine._digest(Path(ipa_kernels.__file__).parent)
+    assert other["seconds"]["stock"] != step["seconds"]["stock"]
+    assert f"in a step of {other['commit']}: stock " in capsys.readouterr().out
+
+
+def test_a_folder_without_the_package_is_no_baseline(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"--baseline: expected a checkout of this repository, got {tmp_path}, which"):
+        host_rounds.Worker(tmp_path, torch.float32, CPU)
+
+
+def test_steps_are_compared_at_one_speed_of_the_machine() -> None:
+    """Samples of a machine that is half as fast, twice as fast, and, most of the time, as it is."""
+    layers = {"empty": 0.01, "stock": 0.08, "first": 0.15, "later": 0.045, "forward": 0.017, "projections": 0.024}
+    speeds = [1.0, 1.0, 2.0, 0.5, 1.0]
+    samples = [
+        {name: (seconds / speed, 0.1 / speed) for name, seconds in (layers | {"hook": 0.002}).items()} for speed in speeds
+    ]
+    step = host_rounds._summary(samples, 0.1)
+    expected = {"stock": 1e-3, "first": 2e-3, "later": 5e-4, "forward": 1e-4, "projections": 2e-4}
+    for name, seconds in expected.items():
+        assert step["seconds"][name] == pytest.approx({"median": seconds, "p20": seconds, "p80": seconds, "calls": 5})
+    assert step["hook"] == pytest.approx({"median": 0.002, "p20": 0.002, "p80": 0.002, "calls": 5})
+    assert step["ratio"] == pytest.approx(0.5)
+    assert step["above the floor"] == pytest.approx(0.2)
+    assert step["rest"]["later"] == pytest.approx({"median": 0.1, "p20": 0.1, "p80": 0.2, "calls": 5})
+
+    row = {"adapters": "one", "launch": "stubbed", "seconds": step["seconds"], "ratio": 0.4, "commit": "new"}
+    row |= {"step": step, "baseline": step | {"commit": "old"}}
+    report = figures.report([{"benchmark": "host", "machine": {}, "rows": [row]}])
+    times = " | ".join(f"{1e6 * seconds:.1f} ({1e6 * seconds:.1f} to {1e6 * seconds:.1f})" for seconds in expected.values())
+    assert f"| one | stubbed | {times} | 0.40 |" in report
+    for commit in ("new", "old"):
+        assert f"| one | {commit} | {times} | 0.50 | 0.200 | 2000.0 (2000.0 to 2000.0) |" in report
 
 
 def test_tables_of_counted_growth() -> None:
