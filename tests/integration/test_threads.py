@@ -26,7 +26,7 @@ NAMES = ("base",)
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn2"
 LAST_LAYER = "up_blocks.1.attentions.1.transformer_blocks.0.attn2"
 TIMES = (900, 600, 300, 50)
-ROUNDS = 3
+ROUNDS = 2
 SOON = 60.0
 """Seconds for what takes a fraction of one: where a thread waits for nothing, a test fails."""
 
@@ -214,11 +214,15 @@ def slow(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
     return run
 
 
-HOW = [None, whole, blocks]
+HOW = [
+    pytest.param(None, id="prepared"),
+    pytest.param(whole, id="compiled"),
+    pytest.param(blocks, id="compiled blocks", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("how", HOW, ids=["prepared", "compiled", "compiled blocks"])
+@pytest.mark.parametrize("how", HOW)
 def test_prepared_steps_that_begin_together(how: Callable[..., None] | None) -> None:
     pipe, other, twin = pipes(how, slow)
     for _ in range(ROUNDS):
@@ -318,7 +322,7 @@ def test_an_interrupt_in_a_layer_that_both_threads_are_in() -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("how", HOW, ids=["prepared", "compiled", "compiled blocks"])
+@pytest.mark.parametrize("how", HOW)
 def test_an_interrupt_of_a_prepared_step_beside_another(how: Callable[..., None] | None) -> None:
     interrupts = Interrupts()
     pipe, other, twin = pipes(how, interrupts.backend)
