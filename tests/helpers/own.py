@@ -59,17 +59,22 @@ class OwnLoop(DiffusionPipeline, IPAdapterMixin, StableDiffusionLoraLoaderMixin)
         return (latents,)
 
 
+def _perturbed(scale: float, **options: float) -> PerturbedAttentionGuidance:
+    layers = LayerSkipConfig(
+        indices=[0], fqn="mid_block.attentions.0.transformer_blocks", skip_attention=False, skip_ff=False,
+        skip_attention_scores=True,
+    )  # fmt: skip
+    return PerturbedAttentionGuidance(
+        guidance_scale=scale, perturbed_guidance_scale=2.0, perturbed_guidance_config=layers, **options
+    )
+
+
 GUIDERS = {
     "cfg": lambda scale: ClassifierFreeGuidance(guidance_scale=scale),
-    "pag": lambda scale: PerturbedAttentionGuidance(
-        guidance_scale=scale,
-        perturbed_guidance_scale=2.0,
-        perturbed_guidance_config=LayerSkipConfig(
-            indices=[0], fqn="mid_block.attentions.0.transformer_blocks", skip_attention=False, skip_ff=False,
-            skip_attention_scores=True,
-        ),
-    ),
-}  # fmt: skip
+    "pag": _perturbed,
+    # all but the first: by default, the first fifth of the steps but one
+    "pag in every step": lambda scale: _perturbed(scale, perturbed_guidance_start=0.0, perturbed_guidance_stop=1.0),
+}
 
 
 class ModularXL:
