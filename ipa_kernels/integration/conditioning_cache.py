@@ -231,7 +231,7 @@ class ConditioningCache:
         ]
         for entry in list(self._entries.values()):
             for call in list(entry.calls.values()):
-                tensors += [tensor for tensor, _ in call.computed]
+                tensors += call.computed
         return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 

@@ -4,13 +4,16 @@ A guard is taken before something is computed, and keeps nothing alive. Once its
 whoever puts a weight back does not bring back what was computed meanwhile.
 """
 
+import operator
 import weakref
 from collections.abc import Callable, Hashable, Iterator
+from itertools import chain
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .known_modules import attributes_of, doubt_of, is_hooked, runs_own_functions, settings_of, tensors_of
 
@@ -48,7 +51,7 @@ def doubt_of_tensor(tensor: Tensor) -> str:
 class _Part:
     """One module of a `ModuleGuard`: its class, its children, its tensors, and what else its call reads."""
 
-    __slots__ = ("attributes", "children", "kind", "module", "tensors")
+    __slots__ = ("attributes", "children", "is_linear", "kind", "module", "tensors")
 
     def __init__(self, module: nn.Module, attributes: Hashable) -> None:
         self.module: Any = weakref.ref(module)
@@ -56,6 +59,8 @@ class _Part:
         self.attributes = attributes
         self.children = [None if child is None else weakref.ref(child) for child in module._modules.values()]
         self.tensors = [(name, None if tensor is None else TensorGuard(tensor)) for name, tensor in tensors_of(module)]
+        # as `LayersGuard` looks at it: a weight alone
+        self.is_linear = self.kind is nn.Linear and [name for name, guard in self.tensors if guard is not None] == ["weight"]
 
     def matches(self) -> bool:
         module = self.module()
@@ -80,10 +85,10 @@ class _Part:
 class ModuleGuard:
     """A projection as it was, with the modules in it. doubt: why what it computes cannot be kept, "" where it can."""
 
-    __slots__ = ("_kinds", "_parts", "doubt", "valid")
+    __slots__ = ("_kinds", "doubt", "parts", "valid")
 
     def __init__(self, root: Any) -> None:
-        self._parts: list[_Part] = []
+        self.parts: list[_Part] = []
         self._kinds: set[type] = set()
         self.doubt = ""
         if not isinstance(root, nn.Module):
@@ -93,13 +98,13 @@ class ModuleGuard:
             if self.doubt:
                 break
             self._kinds.add(type(module))
-            self._parts.append(_Part(module, attributes_of(module)))
+            self.parts.append(_Part(module, attributes_of(module)))
         self.valid = not self.doubt
 
     def check(self) -> bool:
         """Whether all is as it was, classes' functions aside."""
         if self.valid:
-            for part in self._parts:
+            for part in self.parts:
                 if not part.matches():
                     self.valid = False
                     break
@@ -112,7 +117,7 @@ class ModuleGuard:
     @property
     def module(self) -> Any:
         """What it guards, or None where that is gone or in doubt."""
-        return self._parts[0].module() if self.valid else None
+        return self.parts[0].module() if self.valid else None
 
 
 class LayerGuard:
@@ -122,14 +127,14 @@ class LayerGuard:
     is_pure: whether none is.
     """
 
-    __slots__ = ("_attention", "_kind", "_processor", "_settings", "images", "is_pure", "text", "valid")
+    __slots__ = ("attention", "images", "is_pure", "kind", "processor", "settings", "text", "valid")
 
     def __init__(self, attn: Any, processor: Any, before: "LayerGuard | None" = None) -> None:
         """before: an earlier guard of the same layer, whose valid parts stay."""
-        self._attention: Any = weakref.ref(attn)
-        self._processor: Any = weakref.ref(processor)
-        self._kind = type(processor)
-        self._settings = settings_of(attn)
+        self.attention: Any = weakref.ref(attn)
+        self.processor: Any = weakref.ref(processor)
+        self.kind = type(processor)
+        self.settings = settings_of(attn)
         known = {} if before is None else {id(guard.module): guard for guard in before.projections() if guard.check()}
 
         def guard(module: Any) -> ModuleGuard:
@@ -152,11 +157,11 @@ class LayerGuard:
         return self.valid
 
     def _matches(self) -> bool:
-        attn, processor = self._attention(), self._processor()
-        if attn is None or processor is None or type(processor) is not self._kind:
+        attn, processor = self.attention(), self.processor()
+        if attn is None or processor is None or type(processor) is not self.kind:
             return False
         now = settings_of(attn)
-        for value, known in zip(now, self._settings, strict=True):
+        for value, known in zip(now, self.settings, strict=True):
             if value is not known and (type(value) is not type(known) or type(value) not in _COMPARABLE or value != known):
                 return False
         modules, own = attn._modules, processor._modules
@@ -171,6 +176,82 @@ class LayerGuard:
             if not guard.doubt and (not guard.check() or guard.module is not module):
                 return False
         return True
+
+
+class LayersGuard:
+    """The guards of all layers of a UNet, column by column: what they look at, in a fraction of the time.
+
+    It is for a `StructureGuard` that matches, which knows the modules of the UNet itself. Here are the modules of the adapters,
+    and of both the weights and the settings. is_pure: whether no projection is in doubt.
+    """
+
+    def __init__(self, layers: list[LayerGuard], others: list[ModuleGuard]) -> None:
+        self._guards: list[LayerGuard | ModuleGuard] = [*layers, *others]
+        self.is_pure = all(guard.is_pure for guard in layers) and not any(guard.doubt for guard in others)
+        self._attentions = [guard.attention for guard in layers]
+        self._settings = [value for guard in layers for value in guard.settings]
+        self._processors = [guard.processor for guard in layers]
+        self._kinds = [guard.kind for guard in layers]
+        # as `_in_place` finds them
+        self._adapters = [pair[side] for guard in layers for side in (0, 1) for pair in guard.images]
+        parts = [
+            part for guard in (*chain.from_iterable(layer.projections() for layer in layers), *others) for part in guard.parts
+        ]
+        linear = [part for part in parts if part.is_linear]
+        self._linear = [part.module for part in linear]
+        self._sizes = [len(vars(part.module())) for part in linear]
+        self._weights = [guard for part in linear for _, guard in part.tensors if guard is not None]
+        self._versions = [guard.version for guard in self._weights]
+        self._addresses = [guard.address for guard in self._weights]
+        self._others = [part for part in parts if not part.is_linear]
+        self._hooks_made = RemovableHandle.next_id
+
+    def matches(self) -> bool:
+        """Whether all is as it was. False once a guard is not valid, whoever found that."""
+        if not all(guard.valid for guard in self._guards):
+            return False
+        try:
+            return self._match_layers() and self._match_weights() and all(part.matches() for part in self._others)
+        except (AttributeError, KeyError):
+            # a module is gone
+            return False
+
+    def _match_layers(self) -> bool:
+        now = [settings_of(attention()) for attention in self._attentions]
+        if not all(map(operator.is_, chain.from_iterable(now), self._settings)):
+            return False
+        processors = [processor() for processor in self._processors]
+        if list(map(type, processors)) != self._kinds:
+            return False
+        in_place = [
+            module
+            for processor in processors
+            for place in ("to_k_ip", "to_v_ip")
+            for module in processor._modules[place]._modules.values()
+        ]
+        return len(in_place) == len(self._adapters) and all(
+            guard.parts[0].module() is module for guard, module in zip(self._adapters, in_place, strict=True) if guard.parts
+        )
+
+    def _match_weights(self) -> bool:
+        modules = [module() for module in self._linear]
+        own = [module.__dict__ for module in modules]
+        if list(map(len, own)) != self._sizes or any(type(module) is not nn.Linear for module in modules):
+            return False
+        if RemovableHandle.next_id != self._hooks_made:
+            # some module has a new hook
+            if any(map(is_hooked, modules)):
+                return False
+            self._hooks_made = RemovableHandle.next_id
+        parameters = [attributes["_parameters"] for attributes in own]
+        weights = [tensors["weight"] for tensors in parameters]
+        if not all(guard.tensor() is weight for guard, weight in zip(self._weights, weights, strict=True)):
+            return False
+        if [weight._version for weight in weights] != self._versions:
+            return False
+        if [weight.data_ptr() for weight in weights] != self._addresses:
+            return False
+        return not any(tensors["bias"] is not None for tensors in parameters)
 
 
 _COMPARABLE = {bool, int, float, str}

@@ -14,6 +14,7 @@ from torch._dynamo.decorators import disable
 from torch._dynamo.eval_frame import skip_code
 
 from . import adapters, attention_layers, image_projection, steps
+from .guards import LayersGuard
 from .model_guards import StructureGuard
 from .replaced import are_functions_own
 from .state import Layer, ModelContext, layer_of
@@ -37,10 +38,10 @@ class ModelState:
     """The state of an enabled UNet.
 
     base: the options of `enable`, None where only `accelerated` blocks are open; blocks: the options of those, oldest first;
-    structure: the UNet as the last eager step found it; static: what was prepared, if anything; graphs: of `graphed`, None
-    where it is off; lock: held by a step that reads static storage, and by whoever changes it; unread: why the last such step
-    did not read it, "" where it did; steps: those that run, of all threads, the innermost of each last; is_disabled: perhaps by
-    another thread in the middle of a step, which then installs nothing more.
+    structure, layers_guard: the UNet and its layers as the last eager step found them; static: what was prepared, if anything;
+    graphs: of `graphed`, None where it is off; lock: held by a step that reads static storage, and by whoever changes it;
+    unread: why the last such step did not read it, "" where it did; steps: those that run, of all threads, the innermost of
+    each last; is_disabled: perhaps by another thread in the middle of a step, which then installs nothing more.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -50,6 +51,7 @@ class ModelState:
         self.blocks: list[list[Options]] = []
         self.handles: list[Any] = []
         self.structure: StructureGuard | None = None
+        self.layers_guard: LayersGuard | None = None
         self.static: StaticStorage | None = None
         self.graphs: steps.Graphs[ModelState] | None = None
         self.lock = StepLock()
@@ -59,7 +61,7 @@ class ModelState:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle is of a UNet that runs no step."""
-        return vars(self) | {"steps": [], "structure": None}
+        return vars(self) | {"steps": [], "structure": None, "layers_guard": None}
 
     def attach(self, unet: nn.Module) -> None:
         """Put the hooks on a UNet; does nothing where that is done already."""
@@ -127,7 +129,7 @@ class ModelState:
             return self.structure
         if not is_eager:
             return None
-        self.structure = None
+        self.structure = self.layers_guard = None
         self.install_new(unet, [])
         self.context.prune()
         attentions = self.attention_layers.attentions.values()
@@ -183,13 +185,12 @@ class ModelState:
         )
 
     def _is_pure(self, unet: nn.Module) -> bool:
-        """Whether the adapter's own modules run nothing foreign; checks the guards of all layers."""
-        for attention in self._adapted():
-            processor = attention.processor
-            layer = layer_of(processor)
-            if layer is None or not layer.guard(attention, processor).is_pure:
-                return False
-        return not any(self.context.guard(module).doubt for module in image_projection.of(unet))
+        """Whether the adapter's own modules run nothing foreign; afterwards the guards of all layers are of what is there."""
+        if self.layers_guard is None or not self.layers_guard.matches():
+            adapted = [(attention, attention.processor) for attention in self._adapted()]
+            guards = [layer.guard(attn, processor) for attn, processor in adapted if (layer := layer_of(processor)) is not None]
+            self.layers_guard = LayersGuard(guards, [self.context.guard(module) for module in image_projection.of(unet)])
+        return self.layers_guard.is_pure
 
     def _refill(self, unet: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], step: steps.Step) -> str:
         """Let the static storage hold what the step that begins was given. "" where it may read it, else why not."""

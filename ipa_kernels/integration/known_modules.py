@@ -1,5 +1,6 @@
 """Which modules compute from their input and weights alone, so that what they computed can be kept, and what else they read."""
 
+import operator
 from collections.abc import Hashable, Iterator
 from typing import Any
 
@@ -139,9 +140,11 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
+_SETTINGS = operator.attrgetter(
+    "heads", "scale", "residual_connection", "rescale_output_factor", "norm_cross", "group_norm", "spatial_norm"
+)
+
+
 def settings_of(attn: Any) -> tuple[Any, ...]:
     """What a call reads from an Attention besides its projections."""
-    return (
-        attn.heads, attn.scale, attn.residual_connection, attn.rescale_output_factor, attn.norm_cross, attn.group_norm,
-        attn.spatial_norm,
-    )  # fmt: skip
+    return _SETTINGS(attn)

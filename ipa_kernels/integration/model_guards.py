@@ -40,7 +40,10 @@ class StructureGuard:
         self._kinds = list(map(type, modules))
         self._own = list(map(vars, modules))
         self._sizes = [*map(len, self._own), len(vars(unet))]
-        mixed = [unet, *attentions]
+        mixed = [
+            unet,
+            *(attention for attention in attentions if any(id(child) in weak for child in attention._modules.values())),
+        ]
         skipped = set(map(id, mixed))
         self._trees = [module._modules for module in modules if module._modules and id(module) not in skipped]
         self._children = list(map(dict, self._trees))
@@ -105,21 +108,21 @@ _STANDARD = {"builtins", "collections", "typing", "abc", "enum"}
 class _Children:
     """The children of a module, of which some are not kept alive."""
 
-    __slots__ = ("_modules", "_strong", "_weak")
+    __slots__ = ("_modules", "_names", "_strong", "_weak")
 
     def __init__(self, modules: dict[str, nn.Module | None], weak: set[int]) -> None:
         self._modules = modules
-        self._strong = [(name, child) for name, child in modules.items() if id(child) not in weak]
+        self._names = [name for name, child in modules.items() if id(child) not in weak]
+        self._strong = [modules[name] for name in self._names]
         self._weak = [(name, weakref.ref(child)) for name, child in modules.items() if child is not None and id(child) in weak]
 
     def match(self) -> bool:
         modules = self._modules
-        if len(modules) != len(self._strong) + len(self._weak):
+        if len(modules) != len(self._names) + len(self._weak):
             return False
-        for name, child in self._strong:
-            if modules.get(name, self) is not child:
-                return False
-        return all(modules.get(name, self) is child() for name, child in self._weak)
+        if not all(map(operator.is_, map(modules.get, self._names), self._strong)):
+            return False
+        return all(modules.get(name) is child() for name, child in self._weak)
 
 
 def _below(module: nn.Module, skipped: set[int]) -> Iterator[nn.Module]:

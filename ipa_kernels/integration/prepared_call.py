@@ -16,11 +16,11 @@ class PreparedCall:
 
     What the layer computes with is for its `LayerGuard`. impl: what ran; option: what was asked for; modes: as `modes_of`
     before it; values: how many kept values it stands for; depth: of the layer's call below that of the UNet
-    (`steps.depth_below`); computed: its keys, values and mask vectors with their versions.
+    (`steps.depth_below`); computed: its keys, values and mask vectors.
     """
 
     __slots__ = (
-        "_arguments", "_dtype", "_heads", "_images", "_launch", "_masks", "_query", "_scales", "_shape", "_text",
+        "_arguments", "_dtype", "_heads", "_images", "_launch", "_masks", "_query", "_scales", "_shape", "_text", "_versions",
         "computed", "depth", "device", "impl", "modes", "option", "reason", "values",
     )  # fmt: skip
 
@@ -59,7 +59,8 @@ class PreparedCall:
         self.impl, self.option, self.reason, self.depth = impl, option, reason, depth
         masks = [mask for mask in problem.masks if mask is not None]
         self.values = len(problem.keys) + len(masks)
-        self.computed = [(tensor, tensor._version) for tensor in (*problem.keys, *problem.values, *masks)]
+        self.computed = (*problem.keys, *problem.values, *masks)
+        self._versions = [tensor._version for tensor in self.computed]
         self._query = torch.Size((batch, queries, heads * head_dim)), query.dtype, query.device
         self._heads = heads
         self._arguments = problem.keys, problem.values, problem.scales, problem.masks, problem.attn_mask, problem.softmax_scale
@@ -91,9 +92,12 @@ class PreparedCall:
 
     def takes(self, query: Any) -> bool:
         """Whether a query [B, M, H·D] is like the first, and nobody has written to what was computed."""
-        if type(query) is not Tensor or (query.shape, query.dtype, query.device) != self._query or query.is_neg():
+        shape, dtype, device = self._query
+        if type(query) is not Tensor or query.shape != shape or query.dtype is not dtype or query.device != device:
             return False
-        return all(tensor._version == version for tensor, version in self.computed)
+        if query.is_neg():
+            return False
+        return [tensor._version for tensor in self.computed] == self._versions
 
     def attend(self, query: Tensor) -> Tensor:
         """[B, M, H·D] to the same, before the output projection."""

@@ -62,7 +62,7 @@ _CALLED: dict[type, tuple[Part, ...]] = {
 }
 _PARTS = {kind: (Part.of(kind, "__call__"), *called) for kind, called in _CALLED.items()}
 _READ = {kind: (*parts, *_PROJECTIONS) for kind, parts in _PARTS.items()}
-_ALL = tuple(dict.fromkeys(part for parts in (*_READ.values(), (_MASKS,)) for part in parts))
+_ALL = tuple(dict.fromkeys(part for parts in (*_READ.values(), (_MASKS, Part.of(F, "dropout"))) for part in parts))
 
 
 def is_anything_replaced(kind: type, attn: Attention, masked: bool) -> bool:

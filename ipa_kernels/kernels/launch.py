@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import driver
 
 from .compiled import Compiled
 from .dtypes import dtype_name
@@ -45,8 +46,9 @@ class Launch:
         )
         self.vector = width = vector(dtype)
         self._grid = (heads * triton.cdiv(queries, config.block_m), batch, 1)
+        self._packed_shape = torch.Size((batch, queries, heads * head_dim))
         self._packed = (queries * heads * head_dim // width, head_dim // width, heads * head_dim // width)
-        self._compiled: Any = decoupled_attention_kernel if INTERPRETED else None
+        self._run: Any = None
 
         keys = tuple(readable(key, width) for key in keys)
         values = tuple(readable(value, width) for value in values)
@@ -63,6 +65,7 @@ class Launch:
             lengths,
             softmax_scale * math.log2(math.e),
         )
+        self._addresses = tuple(map(_address, self.tensors))
         self._after = (*self.numbers, *self.specialization.constants.values())
 
     def __call__(self, query: Tensor) -> Tensor:
@@ -76,12 +79,12 @@ class Launch:
 
     def packed(self, query: Tensor) -> Tensor:
         """The same for [B, M, H·D]."""
-        batch, heads, queries, head_dim = self.shape
-        _check_shape(query.shape, (batch, queries, heads * head_dim))
+        _check_shape(query.shape, self._packed_shape)
         if not query.is_contiguous() or query.data_ptr() % 16:
+            batch, heads, queries, head_dim = self.shape
             out = self(query.view(batch, queries, heads, head_dim).transpose(1, 2))
-            return out.transpose(1, 2).reshape(batch, queries, heads * head_dim)
-        out = torch.empty(query.shape, dtype=self.dtype, device=self.device)
+            return out.transpose(1, 2).reshape(self._packed_shape)
+        out = torch.empty_like(query)
         self._launch(out, query, self._packed)
         return out
 
@@ -90,15 +93,32 @@ class Launch:
             # Triton launches on the current device
             with torch.cuda.device(self.device):
                 return self._launch(out, query, strides)
-        if self._compiled is None:
-            self._compiled = _compiled(self.specialization, self.device)
-        self._compiled[self._grid](out, query, *self.tensors, strides, *self._after)
+        if INTERPRETED:
+            decoupled_attention_kernel[self._grid](out, query, *self.tensors, strides, *self._after)
+            return
+        if self._run is None:
+            # what a grid makes of a compiled kernel is kept, and what stays is passed as addresses: Triton asks a driver for
+            # the address of every tensor
+            self._run = _compiled(self.specialization, self.device)[self._grid]
+        self._run(out, query, *self._addresses, strides, *self._after, stream=current_stream(self.device))
 
 
 @Compiled
 def _compiled(specialization: Specialization, device: torch.device) -> Any:
     """Compiled for, and loaded on, the current device; from Triton's cache on disk where it has been compiled before."""
     return triton.compile(source(specialization), options=options(specialization.config))
+
+
+def current_stream(device: torch.device) -> int:
+    """The stream of a device that kernels are queued on now."""
+    return driver.active.get_current_stream(device.index)  # type: ignore[no-any-return]
+
+
+def _address(tensors: Any) -> Any:
+    """That of a tensor, those of several; None stays None."""
+    if isinstance(tensors, tuple):
+        return tuple(map(_address, tensors))
+    return None if tensors is None else tensors.data_ptr()
 
 
 def _check_shape(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -4,6 +4,7 @@ Nothing is specialised on the values of arguments: every launch of a specializat
 counted, without a GPU. What the kernel relies on instead (`launch` sees to it): bases and strides are multiples of 16 bytes.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,7 @@ def vector(dtype: str) -> int:
     return 4 if dtype == "float32" else 8
 
 
+@functools.cache
 def specialize(
     dtype: str, head_dim: int, lengths: tuple[int, ...], masks: tuple[str | None, ...], tf32: bool, config: LaunchConfig
 ) -> Specialization:

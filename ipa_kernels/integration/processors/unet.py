@@ -59,17 +59,18 @@ class _Fused(Installed):
         ip_adapter_masks: Any = None,
     ) -> Tensor:
         """diffusers' processor call: hidden_states [B, M, C] and (text, [image tokens, ...]) to [B, M, C]."""
-        layer = layer_of(self)
+        layer: Layer | None = self.__dict__.get("_ipa_layer")
         query: Tensor | None = None
         if layer is not None and attention_mask is None and not torch.compiler.is_compiling():
-            call = _prepared(self, layer, attn, ip_adapter_masks is not None)
+            step, call = _prepared(self, layer, attn, ip_adapter_masks is not None)
             if call is not None and call.matches(hidden_states, encoder_hidden_states, ip_adapter_masks, self.scale):
                 query = attn.to_q(hidden_states)
                 if call.takes(query):
                     layer.context.conditioning.hits += call.values
                     layer.impl, layer.reason = call.impl, call.reason
                     layer.calls += 1
-                    return _project_out(attn, call.attend(query))
+                    attended = call.attend(query)
+                    return _project_out_closed(attn, attended) if step.is_closed else _project_out(attn, attended)
         kind = _ours(self)
         if layer is not None and kind is not None:
             inputs = encoder_hidden_states, attention_mask, ip_adapter_masks
@@ -101,22 +102,23 @@ def _ours(processor: object) -> Any:
     return next((kind for kind in type(processor).__mro__ if kind in STOCK), None)
 
 
-def _prepared(processor: Any, layer: Layer, attn: Attention, masked: bool) -> PreparedCall | None:
-    """The call that this layer ran last in such a step, while what it computed with is unchanged."""
+def _prepared(processor: Any, layer: Layer, attn: Attention, masked: bool) -> tuple[Any, PreparedCall | None]:
+    """The step that runs, and the call that this layer ran last in such a step, while what it computed with is unchanged."""
     step = THREAD.step
     if step is None or step.entry is None or step.context is not layer.context:
-        return None
+        return step, None
     guard = layer.guards.get(id(attn))
     call = None if guard is None else step.entry.calls.get(guard)
     if guard is None or call is None or call.option != layer.context.impl or not _is_below(step.frame, call.depth):
-        return None
+        return step, None
     if step.is_closed:
         # checked before the step
-        return call if guard.valid else None
+        return step, call if guard.valid else None
     if not guard.check() or is_anything_replaced(_ours(processor).replaces, attn, masked):
-        return None
+        return step, None
     to_q = attn._modules.get("to_q")
-    return call if to_q is not None and not is_hooked(to_q) and call.modes == modes_of(call.device.type) else None
+    is_same = to_q is not None and not is_hooked(to_q) and call.modes == modes_of(call.device.type)
+    return step, call if is_same else None
 
 
 def _is_below(frame: FrameType | None, depth: int | None) -> bool:
@@ -258,6 +260,13 @@ def _merge(out: Tensor) -> Tensor:
 
 def _project_out(attn: Any, out: Tensor) -> Tensor:
     return attn.to_out[1](attn.to_out[0](out))  # type: ignore[no-any-return]
+
+
+def _project_out_closed(attn: Any, out: Tensor) -> Tensor:
+    """In a closed step, where nobody sees whether a dropout that does nothing is called."""
+    linear, dropout, *_ = attn.to_out._modules.values()
+    out = linear(out)
+    return out if type(dropout) is nn.Dropout and not (dropout.p and dropout.training) else dropout(out)
 
 
 def _class_reasons(kind: Any, attn: Attention, masks: Any) -> list[str]:
