@@ -35,7 +35,7 @@ import ipa_kernels
 from ipa_kernels import reference
 from ipa_kernels.benchmarking.machine import machine_facts
 from ipa_kernels.benchmarking.timing import interleaved
-from ipa_kernels.integration import steps
+from ipa_kernels.integration import running_step
 from ipa_kernels.integration.conditioning_cache import ConditioningCache
 from ipa_kernels.integration.processors import unet as processors
 from ipa_kernels.integration.state import ModelContext
@@ -109,14 +109,14 @@ class Layer:
         context = ModelContext(impl, cache=True)
         processors.install(self.attention.processor, "layer", context, [])
         text, images = self.options["encoder_hidden_states"]
-        step = steps.Step(context)
+        step = running_step.Step(context)
         with torch.no_grad():
             step.entry = context.conditioning.open([text, *images, *(self.options["ip_adapter_masks"] or ())], ())
-        steps.enter(step)
+        running_step.enter(step)
         try:
             yield context.conditioning
         finally:
-            steps.leave(step)
+            running_step.leave(step)
             processors.uninstall(self.attention.processor)
 
 

@@ -14,8 +14,6 @@ from torch import nn
 
 from ..ops.api import UnsupportedError, check_impl
 from ..report import CacheReport, LayerReport, Report, plural
-from .conditioning_cache import ConditioningCache
-from .state import layer_of
 
 if TYPE_CHECKING:
     from .hooks import ModelState, Options
@@ -152,7 +150,7 @@ def _switch_on(unet: Any, target: str, options: "Options") -> "tuple[Report, Mod
         state.install_new(unet, undo)
         state.attach(unet)
         report = _report(unet, target)
-        context.conditioning = ConditioningCache()
+        context.forget()
         report.cache, report.cache_reason = CacheReport(), _cache_reason(state)
         return report, state
     except BaseException:
@@ -177,6 +175,7 @@ def _report(unet: Any, target: str) -> Report:
     from .hooks import of
     from .image_projection import unkept_reasons
     from .processors import unet as families
+    from .state import layer_of
 
     state = of(unet)
     impl = state.context.impl if state is not None else "auto"
@@ -234,7 +233,7 @@ def clear_cache(target: Any) -> None:
 
     state = of(unet)
     if state is not None:
-        state.context.conditioning = ConditioningCache()
+        state.context.forget()
         state.drop_static()
 
 

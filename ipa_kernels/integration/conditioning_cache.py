@@ -8,16 +8,14 @@ image, a mask or a module alive: when a pipeline drops its prompt, what was comp
 
 import weakref
 from collections.abc import Callable, Hashable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .guards import LayerGuard, ModuleGuard, TensorGuard, doubt_of_tensor, is_plain
-from .steps import THREAD, Step, modes_of
-
-if TYPE_CHECKING:
-    from .prepared_call import PreparedCall
+from .prepared_call import PreparedCall
+from .steps import modes_of
 
 T = TypeVar("T")
 
@@ -60,13 +58,14 @@ class _Value:
 
 
 class Entry:
-    """A condition. calls: of each layer that ran under it; sources: the identities of the tensors whose values it used; last:
-    the number of the last step that had it; is_new: whether this is its first.
+    """A condition. settings: as given to `open`; calls: of each layer that ran under it; sources: the identities of the tensors
+    whose values it used; last: the number of the last step that had it; is_new: whether this is its first.
     """
 
-    __slots__ = ("calls", "inputs", "is_new", "last", "sources")
+    __slots__ = ("calls", "inputs", "is_new", "last", "settings", "sources")
 
-    def __init__(self) -> None:
+    def __init__(self, settings: Hashable) -> None:
+        self.settings = settings
         self.inputs: list[weakref.ref[Tensor]] = []
         self.calls: dict[LayerGuard, PreparedCall] = {}
         self.sources: set[int] = set()
@@ -96,7 +95,8 @@ class ConditioningCache:
     def open(self, inputs: Iterable[object], settings: Hashable) -> Entry | None:
         """The entry for a step with these tensors, whatever they hold; None where nothing may be kept.
 
-        settings: everything else that all values and calls of the step depend on.
+        settings: everything else that all values and calls of the step depend on, among it the CUDA stream: what was computed
+        on one may not be there yet on another.
         """
         self.reason = _reason_for_none()
         if self.reason:
@@ -107,7 +107,7 @@ class ConditioningCache:
         entry = self._entries.get(key)
         # an identity may have been given again
         if entry is None or any(known() is not tensor for known, tensor in zip(entry.inputs, tensors, strict=True)):
-            entry = self._new_entry(key, tensors)
+            entry = self._new_entry(key, tensors, settings)
         else:
             entry.is_new = False
         entry.last = self._steps
@@ -116,7 +116,7 @@ class ConditioningCache:
                 self._sources[source].last = self._steps
         return entry
 
-    def _new_entry(self, key: tuple[Any, ...], tensors: list[Tensor]) -> Entry:
+    def _new_entry(self, key: tuple[Any, ...], tensors: list[Tensor], settings: Hashable) -> Entry:
         self._drop(key)
         by_age = sorted(self._entries, key=lambda other: self._entries[other].last)
         for place, other in enumerate(by_age):
@@ -124,7 +124,7 @@ class ConditioningCache:
                 self._drop(other)
         for unused in [other for other, source in self._sources.items() if self._steps - source.last > UNUSED]:
             self._drop_source(unused)
-        entry, cache = Entry(), weakref.ref(self)
+        entry, cache = Entry(settings), weakref.ref(self)
 
         def forget(reference: Any) -> None:
             known = cache()
@@ -163,7 +163,6 @@ class ConditioningCache:
 
     def get_or_compute(
         self,
-        step: Step,
         entry: Entry,
         source: Tensor,
         key: Hashable,
@@ -181,8 +180,7 @@ class ConditioningCache:
             found = self._new_source(source)
         entry.sources.add(id(source))
         found.last = self._steps
-        # also the CUDA stream: what was computed on one may not be there yet on another
-        key = key, step.stream and step.stream.cuda_stream, modes_of(source.device.type), step.lora_scale
+        key = key, modes_of(source.device.type), entry.settings
         value = found.values.get(key)
         if value is not None and value.matches(guards):
             self.hits += 1
@@ -233,24 +231,6 @@ class ConditioningCache:
             for call in list(entry.calls.values()):
                 tensors += call.computed
         return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
-
-
-def get_or_compute(
-    source: Tensor, key: Hashable, guards: Callable[[], tuple[ModuleGuard, ...]], compute: Callable[[], T], place: str = ""
-) -> T:
-    """`ConditioningCache.get_or_compute` in the step that runs in this thread, or `compute()` where none does.
-
-    place: of the model, for the reason why something is not kept.
-    """
-    step = None if torch.compiler.is_compiling() else THREAD.step
-    if step is None or step.entry is None:
-        return compute()
-    return step.context.conditioning.get_or_compute(step, step.entry, source, key, guards(), compute, place)
-
-
-def is_keeping() -> bool:
-    """Whether a step runs in this thread whose values are kept."""
-    return not torch.compiler.is_compiling() and THREAD.step is not None and THREAD.step.entry is not None
 
 
 def _reason_for_none() -> str:

@@ -13,7 +13,7 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo.decorators import disable
 from torch._dynamo.eval_frame import skip_code
 
-from . import adapters, attention_layers, image_projection, steps
+from . import adapters, attention_layers, image_projection, running_step, steps
 from .guards import LayersGuard
 from .model_guards import StructureGuard
 from .replaced import are_functions_own
@@ -56,7 +56,7 @@ class ModelState:
         self.graphs: steps.Graphs[ModelState] | None = None
         self.lock = StepLock()
         self.unread = ""
-        self.steps: list[steps.Step] = []
+        self.steps: list[running_step.Step] = []
         self.is_disabled = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -143,12 +143,12 @@ class ModelState:
             attention for attention in self.attention_layers.attentions.values() if layer_of(attention.processor) is not None
         ]
 
-    def _open(self, named: dict[str, Any], frame: FrameType, is_plain: bool) -> steps.Step:
+    def _open(self, named: dict[str, Any], frame: FrameType, is_plain: bool) -> running_step.Step:
         """Wait for the lock, where the step may read static storage."""
         sample = named.get("sample")
         device_type = sample.device.type if isinstance(sample, Tensor) else "cpu"
         scale = (named.get("cross_attention_kwargs") or {}).get("scale")
-        step = steps.Step(self.context, frame, steps.stream_of(sample), device_type, 1 if scale is None else scale)
+        step = running_step.Step(self.context, frame, steps.stream_of(sample), device_type, 1 if scale is None else scale)
         with SWITCH:
             reads = self.static is not None or self.graphs is not None
             step.may_read = reads and not (is_plain and self.graphs is None)
@@ -161,13 +161,13 @@ class ModelState:
                 self._remove(step)
                 raise
         self.close_interrupted()
-        steps.enter(step)
+        running_step.enter(step)
         static = self.static
         if step.has_lock and static is not None:
             static.begin(step.stream)
         return step
 
-    def _condition(self, unet: nn.Module, step: steps.Step, named: dict[str, Any], is_plain: bool) -> None:
+    def _condition(self, unet: nn.Module, step: running_step.Step, named: dict[str, Any], is_plain: bool) -> None:
         """Find what is kept for the condition of a step, and whether all of it was computed with what is there now."""
         context = self.context
         if not context.cache or steps.is_capturing(context):
@@ -192,7 +192,7 @@ class ModelState:
             self.layers_guard = LayersGuard(guards, [self.context.guard(module) for module in image_projection.of(unet)])
         return self.layers_guard.is_pure
 
-    def _refill(self, unet: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], step: steps.Step) -> str:
+    def _refill(self, unet: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], step: running_step.Step) -> str:
         """Let the static storage hold what the step that begins was given. "" where it may read it, else why not."""
         if any(other.may_read and not other.has_lock for other in list(self.steps)):
             return "a step of another thread began before there was static storage, and runs still"
@@ -235,10 +235,10 @@ class ModelState:
         if mine:
             self._close(mine[-1])
 
-    def _close(self, step: steps.Step) -> None:
+    def _close(self, step: running_step.Step) -> None:
         """Does nothing where another thread has found that it was interrupted, and closed it."""
         if step.is_of_this_thread:
-            steps.leave(step)
+            running_step.leave(step)
         with SWITCH:
             if step not in self.steps:
                 return
@@ -251,7 +251,7 @@ class ModelState:
         if step.has_lock and step.frame is not None:
             self.lock.release(step.frame)
 
-    def _remove(self, step: steps.Step) -> None:
+    def _remove(self, step: running_step.Step) -> None:
         with SWITCH:
             self.steps.remove(step)
             if not self.steps:
@@ -300,7 +300,7 @@ class ModelState:
     @contextmanager
     def captured(self) -> Iterator[None]:
         """Steps of this thread in this block run as those that a graph is captured from: nothing is kept, and nothing found."""
-        with steps.capturing(self.context), steps.suspended():
+        with steps.capturing(self.context), running_step.suspended():
             yield
 
     def install_new(self, unet: nn.Module, undo: list[Callable[[], None]]) -> None:

@@ -13,11 +13,10 @@ from diffusers.models import attention_processor, embeddings
 from torch import Tensor, nn
 
 from . import patching
-from .conditioning_cache import get_or_compute, is_keeping
 from .guards import ModuleGuard
 from .known_modules import KNOWN, Installed, replaced_functions, runs_own_functions, stock_kind
+from .running_step import THREAD, get_or_compute, is_keeping
 from .state import ModelContext
-from .steps import THREAD
 
 
 class _Cached(Installed, nn.Module):

@@ -57,6 +57,11 @@ class ModelContext:
             known = self._guards[id(module)] = ModuleGuard(module)
         return known
 
+    def forget(self) -> None:
+        """Drop everything that is kept, and count from 0 again."""
+        self.conditioning.forget()
+        self.conditioning = ConditioningCache()
+
     def prune(self) -> None:
         """Drop the guards of modules that are gone."""
         self._guards = {key: guard for key, guard in self._guards.items() if guard.module is not None}

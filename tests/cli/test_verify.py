@@ -341,17 +341,17 @@ def test_wrong_layers_of_a_pipeline_are_named_and_the_others_go_on(
 ) -> None:
     """One whose image keys are others from the second step on, as a stale memory's would be, and one that raises."""
     stale, raising = (f"{block}.attentions.0.transformer_blocks.0.attn2" for block in ("up_blocks.1", "mid_block"))
-    find = unet.find
+    prepared = unet._prepared
 
-    def wrong(memory: Any, layer: Any, *rest: Any) -> Any:
+    def wrong(processor: Any, layer: Any, *rest: Any) -> Any:
         if layer.name == raising:
             raise RuntimeError("no such kernel image")
-        found = find(memory, layer, *rest)
-        if layer.name == stale and found is not None:
-            found._computed[1][0].data.neg_()
-        return found
+        step, call = prepared(processor, layer, *rest)
+        if layer.name == stale and call is not None:
+            call.computed[1].data.neg_()
+        return step, call
 
-    monkeypatch.setattr(unet, "find", wrong)
+    monkeypatch.setattr(unet, "_prepared", wrong)
     monkeypatch.setattr(verify_layers, "STEPS", 2)
     found = {name: finding for name, finding in small_run(device).items() if not finding.passed}
     assert list(found) == [stale, raising]

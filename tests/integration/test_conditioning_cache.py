@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import ipa_kernels
-from ipa_kernels.integration import steps
+from ipa_kernels.integration import running_step, steps
 from ipa_kernels.testing import tiny_pipelines
 
 from ..helpers.adapters import FACE_DIM, HIDDEN_TOKENS, seeded, set_face_embeddings
@@ -321,6 +321,7 @@ def test_weights_edited_between_two_runs_with_the_same_tensors() -> None:
                 scene.step()
             with torch.no_grad():
                 weight.mul_(2)
+        scene.times = iter((900,))
         scene.step()
 
     as_with_stock(story)
@@ -572,7 +573,7 @@ def test_a_step_that_raises_leaves_the_memory_closed() -> None:
     scene.step()
     with pytest.raises(RuntimeError, match="on purpose"):
         fail_once(scene)
-    assert steps.THREAD.step is None
+    assert running_step.THREAD.step is None
     scene.step()
 
 
@@ -620,7 +621,7 @@ def test_an_interrupted_step_leaves_no_memory_to_the_next() -> None:
         one_step(unet, 900, *inputs)
     handle.remove()
     ipa_kernels.enable(unet, cache=False)
-    unet.mid_block.register_forward_pre_hook(lambda *arguments: seen.append(steps.THREAD.step.entry))
+    unet.mid_block.register_forward_pre_hook(lambda *arguments: seen.append(running_step.THREAD.step.entry))
     one_step(unet, 800, *inputs)
     assert seen == [None]
     assert ipa_kernels.explain(unet).cache == (0, 0, 0)

@@ -39,7 +39,7 @@ def pair(kind: str = "sd", names: tuple[str, ...] = BOTH) -> tuple[Any, Any]:
 
 def spoil(pipe: Any) -> None:
     """Write NaN into every buffer: whatever reads one says so."""
-    for held in buffers(pipe)._held:
+    for held in buffers(pipe)._static:
         for tensor in (*held.keys, *held.values):
             tensor.fill_(float("nan"))
 
@@ -140,13 +140,13 @@ def test_called_again_it_fills_the_same_buffers() -> None:
 def test_what_does_not_fit_is_an_error_that_changes_nothing(control: Control, message: str) -> None:
     pipe, _ = pair()
     prepare(pipe)
-    before = [tensor.clone() for held in buffers(pipe)._held for tensor in held.keys]
+    before = [tensor.clone() for held in buffers(pipe)._static for tensor in held.keys]
     held = buffers(pipe)
     with pytest.raises(ValueError, match=message) as raised:
         prepare(pipe, control=control, seed=5)
     assert "clear_cache(pipe) drops the buffers" in str(raised.value)
     assert buffers(pipe) is held
-    assert all(map(torch.equal, before, [tensor for held in buffers(pipe)._held for tensor in held.keys]))
+    assert all(map(torch.equal, before, [tensor for held in buffers(pipe)._static for tensor in held.keys]))
     ipa_kernels.clear_cache(pipe)
     assert prepare(pipe, control=control).prepared > 0
 

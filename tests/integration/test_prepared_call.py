@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention, IPAdapterAttnProcess
 from torch import Tensor, nn
 
 from benchmarks import host
-from ipa_kernels.integration import steps
+from ipa_kernels.integration import running_step
 from ipa_kernels.integration.processors import branches, unet
 from ipa_kernels.integration.state import ModelContext
 from ipa_kernels.kernels.launch import Launch
@@ -36,12 +36,12 @@ class Bench:
             self.options["ip_adapter_masks"] = [torch.rand(1, 1, 16, 16), torch.rand(1, 2, 16, 16)]
         self.context = ModelContext(impl, cache=True)
         unet.install(self.processor, "layer", self.context, [])
-        self.step = steps.Step(self.context)
+        self.step = running_step.Step(self.context)
         with torch.no_grad():
             self.step.entry = self.context.conditioning.open(
                 [self.text, *self.images, *self.options.get("ip_adapter_masks", ())], ()
             )
-        steps.enter(self.step)
+        running_step.enter(self.step)
 
     def __call__(self) -> Tensor:
         return self.attention(self.hidden, encoder_hidden_states=(self.text, self.images), **self.options)
@@ -71,7 +71,7 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
         assert bench.ready is not None
         assert torch.equal(bench(), bench.stock())
         yield bench
-    steps.leave(bench.step)
+    running_step.leave(bench.step)
 
 
 def test_a_later_call_prepares_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +353,7 @@ def test_a_write_while_the_first_call_computes(what: str, monkeypatch: pytest.Mo
         bench()
         for _ in range(3):
             assert torch.equal(bench(), bench.stock())
-    steps.leave(bench.step)
+    running_step.leave(bench.step)
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])
@@ -371,7 +371,7 @@ def test_a_query_of_another_shape_is_refused_as_by_stock(impl: str, monkeypatch:
             for other in (query[:, :32], torch.cat([query, query], 1)):
                 with pytest.raises(ValueError, match="that the launch was made for"):
                     bench.ready.attend(other)
-    steps.leave(bench.step)
+    running_step.leave(bench.step)
 
 
 def test_what_is_ready_keeps_nothing_alive(bench: Bench) -> None:
@@ -437,6 +437,6 @@ def test_what_a_later_call_does_on_the_host(masked: bool, monkeypatch: pytest.Mo
         first = functions_called(bench)
         bench()
         later, stock = functions_called(bench), functions_called(bench.stock)
-    steps.leave(bench.step)
+    running_step.leave(bench.step)
     assert later < stock
     assert later < 0.3 * first, (later, first)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ...ops import UnsupportedError
 from ...ops.validation import Problem, check_arguments
-from ..conditioning_cache import get_or_compute
 from ..guards import LayerGuard, ModuleGuard
+from ..running_step import get_or_compute
 from ..state import Layer
 
 

@@ -28,8 +28,9 @@ from ..eligibility import foreign_reason, stock_reasons
 from ..known_modules import Installed, is_hooked
 from ..prepared_call import PreparedCall
 from ..replaced import is_anything_replaced, replaced_reasons
+from ..running_step import THREAD, depth_below
 from ..state import Layer, ModelContext, is_traced_or_captured, layer_of
-from ..steps import THREAD, depth_below, modes_of
+from ..steps import modes_of
 from . import branches
 
 

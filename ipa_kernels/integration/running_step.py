@@ -1,0 +1,132 @@
+"""The step of a UNet that runs in this thread, and what is kept in it."""
+
+import sys
+import threading
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import step_lock
+from .conditioning_cache import Entry
+from .guards import ModuleGuard
+from .state import ModelContext
+from .steps import modes_of
+
+T = TypeVar("T")
+
+
+class Step:
+    """One call of an enabled UNet, from its hooks before to those after.
+
+    frame: of the call of the UNet; stream: as `stream_of` its latents; outer: the step of another UNet that this one runs in.
+    entry: what is kept for its condition, None where nothing is kept or found. is_closed: whether nothing can run in it but
+    torch's, diffusers' and our own functions, so that what was checked before it need not be checked in each layer. modes: as
+    `modes_of` before it; lora_scale: the factor of all LoRAs while it runs. may_read: whether it may read static storage;
+    has_lock: whether it holds the `StepLock` of its UNet.
+    """
+
+    __slots__ = (
+        "context", "entry", "frame", "has_lock", "is_closed", "lora_scale", "may_read", "modes", "outer",
+        "stream", "thread",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        context: ModelContext,
+        frame: FrameType | None = None,
+        stream: Any = None,
+        device_type: str = "cpu",
+        lora_scale: float = 1,
+    ) -> None:
+        self.context = context
+        self.frame = frame
+        self.thread = threading.current_thread()
+        self.stream = stream
+        self.modes = modes_of(device_type)
+        self.lora_scale = lora_scale
+        self.outer: Step | None = None
+        self.entry: Entry | None = None
+        self.is_closed = False
+        self.may_read = False
+        self.has_lock = False
+
+    @property
+    def is_running(self) -> bool:
+        """False where it was left in a way that torch runs no hooks for."""
+        return self.frame is None or step_lock.is_running(self.frame, self.thread)
+
+    @property
+    def is_of_this_thread(self) -> bool:
+        """Whether the caller's thread runs it."""
+        return self.thread is threading.current_thread()
+
+
+class _Thread(threading.local):
+    """Of each thread: the step that runs, the innermost."""
+
+    step: Step | None = None
+
+
+THREAD = _Thread()
+
+
+def enter(step: Step) -> None:
+    """The step runs in this thread from now on."""
+    outer = THREAD.step
+    # one that was interrupted is none
+    step.outer = outer if outer is not None and outer.is_running else None
+    THREAD.step = step
+
+
+def leave(step: Step) -> None:
+    """The step has ended, whether it returned or raised; does nothing where it is not the one that runs here."""
+    if THREAD.step is step:
+        THREAD.step = step.outer
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """No step runs in this thread, for the length of this block."""
+    before, THREAD.step = THREAD.step, None
+    try:
+        yield
+    finally:
+        THREAD.step = before
+
+
+def depth_below(frame: FrameType | None) -> int | None:
+    """How far below a frame the caller is in this thread's stack; None where that frame is not on it.
+
+    `sys._getframe` finds the frame again by this number in a fraction of a microsecond, and no other: so a step that was
+    interrupted, for which torch runs no hooks, is told from one that runs.
+    """
+    if frame is None:
+        return None
+    depth, above = 0, sys._getframe(1)
+    while above is not frame:
+        if above.f_back is None:
+            return None
+        depth, above = depth + 1, above.f_back
+    return depth
+
+
+def get_or_compute(
+    source: Tensor, key: Hashable, guards: Callable[[], tuple[ModuleGuard, ...]], compute: Callable[[], T], place: str = ""
+) -> T:
+    """`ConditioningCache.get_or_compute` in the step that runs in this thread, or `compute()` where none does.
+
+    place: of the model, for the reason why something is not kept.
+    """
+    step = None if torch.compiler.is_compiling() else THREAD.step
+    if step is None or step.entry is None:
+        return compute()
+    return step.context.conditioning.get_or_compute(step.entry, source, key, guards(), compute, place)
+
+
+def is_keeping() -> bool:
+    """Whether a step runs in this thread whose values are kept."""
+    return not torch.compiler.is_compiling() and THREAD.step is not None and THREAD.step.entry is not None
