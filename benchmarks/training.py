@@ -32,7 +32,7 @@ from ipa_kernels import decoupled_attention, reference
 from ipa_kernels.benchmarking.machine import machine_facts
 from ipa_kernels.benchmarking.timing import first_line, gate, interleaved, peak_bytes
 from ipa_kernels.benchmarking.unet_step import in_float64
-from ipa_kernels.ops.api import choose
+from ipa_kernels.ops.dispatch import choose
 from ipa_kernels.ops.validation import check_arguments
 from ipa_kernels.report import plural
 from ipa_kernels.testing.layer_cases import CASES, Case

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..ops.api import UnsupportedError, check_impl
+from ..ops.dispatch import UnsupportedError, check_impl
 from ..report import CacheReport, LayerReport, Report, plural
 
 if TYPE_CHECKING:

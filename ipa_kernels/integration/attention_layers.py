@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from .eligibility import expects_adapter, is_adapter
-from .known_modules import is_hooked
+from .guards import is_hooked
 from .provenance import runs_own
 from .state import layer_of
 

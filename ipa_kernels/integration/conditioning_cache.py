@@ -8,14 +8,13 @@ image, a mask or a module alive: when a pipeline drops its prompt, what was comp
 
 import weakref
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .guards import LayerGuard, ModuleGuard, TensorGuard, doubt_of_tensor, is_plain
 from .prepared_call import PreparedCall
-from .steps import modes_of
 
 T = TypeVar("T")
 
@@ -180,7 +179,7 @@ class ConditioningCache:
             found = self._new_source(source)
         entry.sources.add(id(source))
         found.last = self._steps
-        key = key, modes_of(source.device.type), entry.settings
+        key = key, entry.settings
         value = found.values.get(key)
         if value is not None and value.matches(guards):
             self.hits += 1
@@ -231,6 +230,26 @@ class ConditioningCache:
             for call in list(entry.calls.values()):
                 tensors += call.computed
         return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+class Keeper(NamedTuple):
+    """Keeps what is computed in a step. modes: as `modes_of` where it is computed; is_closed: of the step."""
+
+    cache: ConditioningCache
+    entry: Entry
+    modes: tuple[Any, ...]
+    is_closed: bool
+
+    def get_or_compute(
+        self, source: Tensor, key: Hashable, guards: tuple[ModuleGuard, ...], compute: Callable[[], T], place: str = ""
+    ) -> T:
+        """`compute()`, or what it returned for the same source and key, by the modules of the same guards.
+
+        place: of the model, for the reason why something is not kept.
+        """
+        if not self.is_closed:
+            guards = tuple(guard.verified() for guard in guards)
+        return self.cache.get_or_compute(self.entry, source, (key, self.modes), guards, compute, place)
 
 
 def _reason_for_none() -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .known_modules import attributes_of, doubt_of, is_hooked, runs_own_functions, settings_of, tensors_of
+from .known_modules import attributes_of, is_known, runs_own_functions, settings_of, stock_kind, tensors_of
 
 
 class TensorGuard:
@@ -46,6 +46,34 @@ def doubt_of_tensor(tensor: Tensor) -> str:
     if tensor.requires_grad:
         return "requires_grad: of a prompt, an image or a mask; use .detach() where none is needed"
     return f"{type(tensor).__name__} on {tensor.device}: a write to such an input may leave no trace"
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether something else takes part in a call of a module: hooks of torch, accelerate or diffusers."""
+    own = vars(module)
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in own or "_hf_hook" in own or "_diffusers_hook" in own
+    )
+
+
+def doubt_of(module: Any) -> str:
+    """Why what a module computes may depend on more than its guard sees; "" where it does not."""
+    kind = stock_kind(type(module))
+    if not is_known(module, kind):
+        name = f"{kind.__module__}.{kind.__name__}"
+        return f"{name}: may depend on more than its input and weights; torch.nn.Linear does not"
+    if is_hooked(module):
+        return f"{kind.__name__}: has a hook or a forward of its own (offloading adds such); remove it"
+    # a tensor that is a plain attribute is nobody's parameter, and its exchange leaves no trace
+    if kind is nn.Linear and "weight" not in module._parameters:
+        return "Linear: its weight is no parameter; make it one"
+    for _, tensor in tensors_of(module):
+        if tensor is None:
+            continue
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference() or tensor.is_meta:
+            made = ", made in torch.inference_mode" if tensor.is_inference() else ""
+            return f"{type(tensor).__name__} on {tensor.device}{made}: a write to such a weight may leave no trace"
+    return ""
 
 
 class _Part:
@@ -141,7 +169,7 @@ class LayerGuard:
             return known.get(id(module)) or ModuleGuard(module)
 
         self.text = guard(attn.to_k), guard(attn.to_v)
-        self.images = [(guard(to_k), guard(to_v)) for to_k, to_v in zip(processor.to_k_ip, processor.to_v_ip, strict=True)]
+        self.images = [(guard(to_k), guard(to_v)) for to_k, to_v in zip(processor.to_k_ip, processor.to_v_ip, strict=False)]
         self.valid = True
         self.is_pure = not any(guard.doubt for guard in self.projections())
 
@@ -176,6 +204,14 @@ class LayerGuard:
             if not guard.doubt and (not guard.check() or guard.module is not module):
                 return False
         return True
+
+
+def layer_guard(known: dict[int, LayerGuard], attn: Any, processor: Any) -> LayerGuard:
+    """Of a layer as it is now. known: that of each `Attention` by its identity, which gets it."""
+    guard = known.get(id(attn))
+    if guard is None or not guard.check():
+        guard = known[id(attn)] = LayerGuard(attn, processor, guard)
+    return guard
 
 
 class LayersGuard:

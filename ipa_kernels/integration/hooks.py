@@ -13,13 +13,11 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._dynamo.decorators import disable
 from torch._dynamo.eval_frame import skip_code
 
-from . import adapters, attention_layers, image_projection, running_step, steps
-from .guards import LayersGuard
-from .model_guards import StructureGuard
-from .replaced import are_functions_own
+from . import adapters, attention_layers, running_step, steps
 from .state import Layer, ModelContext, layer_of
 from .static_storage import StaticStorage, StepInputs
 from .step_lock import StepLock
+from .unet_guard import UNetGuard
 
 _STATE = "_ipa_kernels"
 
@@ -38,10 +36,10 @@ class ModelState:
     """The state of an enabled UNet.
 
     base: the options of `enable`, None where only `accelerated` blocks are open; blocks: the options of those, oldest first;
-    structure, layers_guard: the UNet and its layers as the last eager step found them; static: what was prepared, if anything;
-    graphs: of `graphed`, None where it is off; lock: held by a step that reads static storage, and by whoever changes it;
-    unread: why the last such step did not read it, "" where it did; steps: those that run, of all threads, the innermost of
-    each last; is_disabled: perhaps by another thread in the middle of a step, which then installs nothing more.
+    guard: the UNet as the last eager step found it; static: what was prepared, if anything; graphs: of `graphed`, None where it
+    is off; lock: held by a step that reads static storage, and by whoever changes it; unread: why the last such step did not
+    read it, "" where it did; steps: those that run, of all threads, the innermost of each last; is_disabled: perhaps by another
+    thread in the middle of a step, which then installs nothing more.
     """
 
     def __init__(self, unet: nn.Module) -> None:
@@ -50,8 +48,7 @@ class ModelState:
         self.base: Options | None = None
         self.blocks: list[list[Options]] = []
         self.handles: list[Any] = []
-        self.structure: StructureGuard | None = None
-        self.layers_guard: LayersGuard | None = None
+        self.guard = UNetGuard()
         self.static: StaticStorage | None = None
         self.graphs: steps.Graphs[ModelState] | None = None
         self.lock = StepLock()
@@ -61,7 +58,7 @@ class ModelState:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy or a pickle is of a UNet that runs no step."""
-        return vars(self) | {"steps": [], "structure": None, "layers_guard": None}
+        return vars(self) | {"steps": [], "guard": UNetGuard()}
 
     def attach(self, unet: nn.Module) -> None:
         """Put the hooks on a UNet; does nothing where that is done already."""
@@ -111,9 +108,12 @@ class ModelState:
         self, unet: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any], is_eager: bool, frame: FrameType
     ) -> None:
         steps.stop_if_asked(arguments, options)
-        structure = self._examine(unet, is_eager)
+        if is_eager and not self.guard.matches(unet):
+            self.guard.forget()
+            self.install_new(unet, [])
+            self.guard.renew(unet, self.attention_layers, self.context, __name__)
         # nothing that a compiler made can run in it
-        is_plain = is_eager and structure is not None and not structure.foreign
+        is_plain = is_eager and not self.guard.foreign
         named = steps.named(arguments, options)
         step = self._open(named, frame, is_plain)
         self._condition(unet, step, named, is_plain)
@@ -122,26 +122,6 @@ class ModelState:
         if step.has_lock:
             self.unread = self._refill(unet, arguments, named, step)
             self.context.is_prepared = not self.unread
-
-    def _examine(self, unet: nn.Module, is_eager: bool) -> StructureGuard | None:
-        """Install what was loaded since the last step; the UNet as it is now, None where that cannot be done."""
-        if self.structure is not None and self.structure.matches(unet):
-            return self.structure
-        if not is_eager:
-            return None
-        self.structure = self.layers_guard = None
-        self.install_new(unet, [])
-        self.context.prune()
-        attentions = self.attention_layers.attentions.values()
-        weak = [*image_projection.of(unet), *(attention.processor for attention in self._adapted())]
-        self.structure = StructureGuard(unet, attentions, weak, __name__)
-        return self.structure
-
-    def _adapted(self) -> list[Any]:
-        """The attentions whose processors were installed."""
-        return [
-            attention for attention in self.attention_layers.attentions.values() if layer_of(attention.processor) is not None
-        ]
 
     def _open(self, named: dict[str, Any], frame: FrameType, is_plain: bool) -> running_step.Step:
         """Wait for the lock, where the step may read static storage."""
@@ -180,17 +160,7 @@ class ModelState:
         stream = step.stream and step.stream.cuda_stream
         is_number = isinstance(step.lora_scale, int | float)
         step.entry = context.conditioning.open(inputs, (step.modes, stream, step.lora_scale)) if is_number else None
-        step.is_closed = (
-            step.entry is not None and is_plain and step.lora_scale == 1 and are_functions_own() and self._is_pure(unet)
-        )
-
-    def _is_pure(self, unet: nn.Module) -> bool:
-        """Whether the adapter's own modules run nothing foreign; afterwards the guards of all layers are of what is there."""
-        if self.layers_guard is None or not self.layers_guard.matches():
-            adapted = [(attention, attention.processor) for attention in self._adapted()]
-            guards = [layer.guard(attn, processor) for attn, processor in adapted if (layer := layer_of(processor)) is not None]
-            self.layers_guard = LayersGuard(guards, [self.context.guard(module) for module in image_projection.of(unet)])
-        return self.layers_guard.is_pure
+        step.is_closed = step.entry is not None and is_plain and step.lora_scale == 1 and self.guard.is_pure(unet, self.context)
 
     def _refill(self, unet: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], step: running_step.Step) -> str:
         """Let the static storage hold what the step that begins was given. "" where it may read it, else why not."""

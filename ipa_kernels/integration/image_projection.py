@@ -13,9 +13,8 @@ from diffusers.models import attention_processor, embeddings
 from torch import Tensor, nn
 
 from . import patching
-from .guards import ModuleGuard
 from .known_modules import KNOWN, Installed, replaced_functions, runs_own_functions, stock_kind
-from .running_step import THREAD, get_or_compute, is_keeping
+from .running_step import THREAD, keeper
 from .state import ModelContext
 
 
@@ -35,7 +34,7 @@ class MultiIPAdapterImageProjection(_Cached, embeddings.MultiIPAdapterImageProje
         """[batch, images, ...] per adapter to image tokens [batch, images, tokens, channels] per adapter."""
         layers: Any = self.image_projection_layers
         fits = isinstance(image_embeds, list) and len(image_embeds) == len(layers)
-        if not is_keeping() or not fits or not runs_own_functions(self.replaces):
+        if THREAD.step is None or torch.compiler.is_compiling() or not fits or not runs_own_functions(self.replaces):
             return super().forward(image_embeds)  # type: ignore[no-any-return]
         return [_tokens(embeds, layer) for embeds, layer in zip(image_embeds, layers, strict=True)]
 
@@ -50,14 +49,16 @@ def _tokens(embeds: Tensor, layer: nn.Module) -> Tensor:
         tokens.repeat_interleave = _Repeated(tokens)  # type: ignore[method-assign, assignment]
         return tokens
 
-    return get_or_compute(embeds, (id(layer), "tokens"), lambda: _guards(layer), project, "encoder_hid_proj")
+    return _kept(embeds, "tokens", layer, project, "encoder_hid_proj")
 
 
-def _guards(module: nn.Module) -> tuple[ModuleGuard, ...]:
-    """Of a projection in the step that runs."""
-    step = THREAD.step
-    assert step is not None, "values are kept in a step alone"
-    return (step.context.guard(module).verified(),)
+def _kept(source: Tensor, key: object, module: nn.Module | None, compute: Callable[[], Tensor], place: str = "") -> Tensor:
+    """`compute()`, or what a module computed from the same tensor."""
+    step, keeps = THREAD.step, keeper(source.device.type)
+    if step is None or keeps is None:
+        return compute()
+    guards = () if module is None else (step.context.guard(module),)
+    return keeps.get_or_compute(source, (id(module), key), guards, compute, place)
 
 
 class _Repeated:
@@ -75,7 +76,7 @@ class _Repeated:
 
         if not isinstance(repeats, int):
             return repeat()
-        return get_or_compute(tokens, ("repeat", repeats, dim, output_size), tuple, repeat)
+        return _kept(tokens, ("repeat", repeats, dim, output_size), None, repeat)
 
 
 class Linear(_Cached, nn.Linear):
@@ -86,7 +87,7 @@ class Linear(_Cached, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """As `torch.nn.Linear`."""
         forward = super().forward
-        return get_or_compute(input, (id(self), "text"), lambda: _guards(self), lambda: forward(input), "text_encoder_hid_proj")
+        return _kept(input, "text", self, lambda: forward(input), "text_encoder_hid_proj")
 
 
 OURS: dict[type, Any] = {kind.replaces: kind for kind in (MultiIPAdapterImageProjection, Linear)}

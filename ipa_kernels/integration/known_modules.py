@@ -77,27 +77,8 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
     yield from module._buffers.items()
 
 
-def doubt_of(module: Any) -> str:
-    """Why what a module computes may depend on more than its guard sees; "" where it does not."""
-    kind = stock_kind(type(module))
-    if not _is_known(module, kind):
-        name = f"{kind.__module__}.{kind.__name__}"
-        return f"{name}: may depend on more than its input and weights; torch.nn.Linear does not"
-    if is_hooked(module):
-        return f"{kind.__name__}: has a hook or a forward of its own (offloading adds such); remove it"
-    # a tensor that is a plain attribute is nobody's parameter, and its exchange leaves no trace
-    if kind is nn.Linear and "weight" not in module._parameters:
-        return "Linear: its weight is no parameter; make it one"
-    for _, tensor in tensors_of(module):
-        if tensor is None:
-            continue
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference() or tensor.is_meta:
-            made = ", made in torch.inference_mode" if tensor.is_inference() else ""
-            return f"{type(tensor).__name__} on {tensor.device}{made}: a write to such a weight may leave no trace"
-    return ""
-
-
-def _is_known(module: Any, kind: type) -> bool:
+def is_known(module: Any, kind: type) -> bool:
+    """Whether a module of this class computes from its input, its weights and `attributes_of` alone."""
     if not runs_own_functions(kind):
         return False
     if kind is attention_processor.Attention:
@@ -132,19 +113,7 @@ def attributes_of(module: Any) -> Hashable:
     return None
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether something else takes part in a call of a module: hooks of torch, accelerate or diffusers."""
-    own = vars(module)
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in own or "_hf_hook" in own or "_diffusers_hook" in own
-    )
-
-
-_SETTINGS = operator.attrgetter(
+settings_of = operator.attrgetter(
     "heads", "scale", "residual_connection", "rescale_output_factor", "norm_cross", "group_norm", "spatial_norm"
 )
-
-
-def settings_of(attn: Any) -> tuple[Any, ...]:
-    """What a call reads from an Attention besides its projections."""
-    return _SETTINGS(attn)
+"""What a call reads from an Attention besides its projections."""

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .known_modules import is_hooked
+from .guards import is_hooked
 from .provenance import AND_EXTRAS, is_own, runs_own
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.api import make_launch, run
+from ..ops.api import run
 from ..ops.validation import Problem
+from ..ops.weights import make_launch
 from .guards import TensorGuard, is_plain, number
 
 

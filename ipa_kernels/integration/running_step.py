@@ -1,18 +1,15 @@
 """The step of a UNet that runs in this thread, and what is kept in it."""
 
-import sys
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from . import step_lock
-from .conditioning_cache import Entry
-from .guards import ModuleGuard
+from .conditioning_cache import Entry, Keeper
 from .state import ModelContext
 from .steps import modes_of
 
@@ -98,35 +95,9 @@ def suspended() -> Iterator[None]:
         THREAD.step = before
 
 
-def depth_below(frame: FrameType | None) -> int | None:
-    """How far below a frame the caller is in this thread's stack; None where that frame is not on it.
-
-    `sys._getframe` finds the frame again by this number in a fraction of a microsecond, and no other: so a step that was
-    interrupted, for which torch runs no hooks, is told from one that runs.
-    """
-    if frame is None:
-        return None
-    depth, above = 0, sys._getframe(1)
-    while above is not frame:
-        if above.f_back is None:
-            return None
-        depth, above = depth + 1, above.f_back
-    return depth
-
-
-def get_or_compute(
-    source: Tensor, key: Hashable, guards: Callable[[], tuple[ModuleGuard, ...]], compute: Callable[[], T], place: str = ""
-) -> T:
-    """`ConditioningCache.get_or_compute` in the step that runs in this thread, or `compute()` where none does.
-
-    place: of the model, for the reason why something is not kept.
-    """
+def keeper(device_type: str) -> Keeper | None:
+    """Of the step that runs in this thread, for what is computed on such devices; None where nothing is kept."""
     step = None if torch.compiler.is_compiling() else THREAD.step
     if step is None or step.entry is None:
-        return compute()
-    return step.context.conditioning.get_or_compute(step.entry, source, key, guards(), compute, place)
-
-
-def is_keeping() -> bool:
-    """Whether a step runs in this thread whose values are kept."""
-    return not torch.compiler.is_compiling() and THREAD.step is not None and THREAD.step.entry is not None
+        return None
+    return Keeper(step.context.conditioning, step.entry, modes_of(device_type), step.is_closed)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..report import FallbackWarning
-from . import steps
 from .conditioning_cache import ConditioningCache
 from .guards import LayerGuard, ModuleGuard
 from .scale_table import ScaleTable
@@ -98,13 +97,6 @@ class Layer:
         self.reason = ""
         self.calls = 0
 
-    def guard(self, attn: Any, processor: Any) -> LayerGuard:
-        """Of the layer as it is now."""
-        known = self.guards.get(id(attn))
-        if known is None or not known.check():
-            known = self.guards[id(attn)] = LayerGuard(attn, processor, known)
-        return known
-
     def note_call(self, impl: str, reasons: list[str]) -> None:
         """Note what a call runs; warn about a fallback that the user did not ask for."""
         self.impl = impl
@@ -123,11 +115,6 @@ class Layer:
 def layer_of(processor: Any) -> Layer | None:
     """What `install` leaves on a processor; None where it was not installed. A user's own may have slots, and no `__dict__`."""
     return getattr(processor, "__dict__", {}).get("_ipa_layer")
-
-
-def is_traced_or_captured(context: ModelContext) -> bool:
-    """Whether a call is traced by a compiler, or captured in a CUDA graph, to be run again with other data."""
-    return torch.compiler.is_compiling() or steps.is_capturing(context)
 
 
 def _frames_below_the_user() -> int:

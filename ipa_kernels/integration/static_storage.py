@@ -13,10 +13,10 @@ from diffusers import UNetMotionModel
 from torch import Tensor
 from torch._dynamo import mark_static_address
 
-from . import image_projection
+from . import image_projection, running_step
 from .attention_layers import AttentionLayers
-from .guards import LayerGuard, ModuleGuard, TensorGuard, is_plain
-from .processors import branches
+from .guards import LayerGuard, ModuleGuard, TensorGuard, is_plain, layer_guard
+from .processors import branches, traced
 from .replaced import are_functions_own
 from .state import Layer, ModelContext, StaticKV, layer_of
 
@@ -184,9 +184,11 @@ class StaticStorage:
     def _compute(self, inputs: StepInputs) -> Iterator[tuple[Tensor, Tensor]]:
         """(key, value) of each branch of each layer, [B, H, N, D]; what a step has computed for its inputs is not again."""
         text, images = _layer_inputs(self._unet, inputs)
-        counts = branches.image_counts(_masks(inputs))
+        counts = traced.image_counts(_masks(inputs))
+        keeper = running_step.keeper(inputs.sample.device.type)
         for attention, processor, layer in self._layers:
-            yield from branches.all_keys_and_values(layer, processor, attention, text, images, counts)
+            keeps = None if keeper is None else branches.Keeps(keeper, layer_guard(layer.guards, attention, processor))
+            yield from branches.all_keys_and_values(layer, processor, attention, text, images, counts, keeps)
 
     def _fill(self, inputs: StepInputs) -> None:
         # forgotten first: what raises in the middle leaves storage that nobody takes for filled
@@ -213,7 +215,7 @@ class StaticStorage:
         """For every number of queries that a level of the UNet has, now or before; others are computed in the graph."""
         dtype, device = self._static[0].keys[0].dtype, inputs.sample.device
         for queries in sorted(_queries(self._unet, inputs) | self._sizes.keys()):
-            vectors = branches.mask_vectors(_masks(inputs), queries, dtype, device)
+            vectors = traced.mask_vectors(_masks(inputs), queries, dtype, device)
             if queries not in self._sizes:
                 self._sizes[queries] = [None if vector is None else _fixed(vector) for vector in vectors]
                 for static in self._static:
@@ -237,7 +239,7 @@ class StaticStorage:
             self._context.guard(module).verified() for module in image_projection.of(self._unet)
         ]
         for attention, processor, layer in self._layers:
-            guard = layer.guard(attention, processor)
+            guard = layer_guard(layer.guards, attention, processor)
             guards += [guard] if guard.is_pure else [ModuleGuard(None)]
         return guards
 

@@ -38,14 +38,20 @@ class Graphs(Protocol[S]):
 
 
 class _Thread(threading.local):
-    """Of each thread: the contexts whose steps are captured; whether its next step is stopped."""
+    """Of each thread: whether its next step is stopped."""
+
+    stops = False
+
+
+class _Capturing(threading.local):
+    """Of each thread: the contexts whose steps are captured."""
 
     def __init__(self) -> None:
-        self.capturing: list[object] = []
-        self.stops = False
+        self.contexts: list[object] = []
 
 
 _THREAD = _Thread()
+CAPTURING = _Capturing()
 
 
 class Stopped(BaseException):
@@ -109,13 +115,13 @@ def _has_autocast(device_type: str) -> bool:
 @contextmanager
 def capturing(context: object) -> Iterator[None]:
     """Steps that this thread runs in this block, of the UNet of a context, are those that a CUDA graph is captured from."""
-    _THREAD.capturing.append(context)
+    CAPTURING.contexts.append(context)
     try:
         yield
     finally:
-        _THREAD.capturing.pop()
+        CAPTURING.contexts.pop()
 
 
 def is_capturing(context: object) -> bool:
     """Whether this thread is in `capturing`. Steps of other threads are not."""
-    return context in _THREAD.capturing
+    return context in CAPTURING.contexts

@@ -9,10 +9,10 @@ from torch import Tensor
 from triton.runtime import driver
 
 from .compiled import Compiled
-from .dtypes import dtype_name
+from .dtypes import NAMES
 from .forward import decoupled_attention_kernel
 from .launch_table import LaunchConfig, options
-from .specialization import INTERPRETED, Specialization, source, specialize, vector
+from .specialization import INTERPRETED, Specialization, source, specialize
 
 
 class Launch:
@@ -39,12 +39,11 @@ class Launch:
     ) -> None:
         batch, heads, queries, head_dim = shape
         self.shape, self.dtype, self.device = shape, keys[0].dtype, keys[0].device
-        dtype = dtype_name(self.dtype)
         lengths = tuple(key.shape[2] for key in keys)
         self.specialization = specialize(
-            dtype, head_dim, lengths, tuple(m if m is None else dtype_name(m.dtype) for m in masks), tf32, config
+            NAMES[self.dtype], head_dim, lengths, tuple(m if m is None else NAMES[m.dtype] for m in masks), tf32, config
         )
-        self.vector = width = vector(dtype)
+        self.vector = width = self.specialization.vector
         self._grid = (heads * triton.cdiv(queries, config.block_m), batch, 1)
         self._packed_shape = torch.Size((batch, queries, heads * head_dim))
         self._packed = (queries * heads * head_dim // width, head_dim // width, heads * head_dim // width)

@@ -44,14 +44,19 @@ class Specialization:
     tf32: bool
     config: LaunchConfig
 
-    @property
+    @functools.cached_property
+    def vector(self) -> int:
+        """The elements in 16 bytes."""
+        return vector(self.dtype)
+
+    @functools.cached_property
     def constants(self) -> dict[str, object]:
         """The constexpr arguments of the kernel, in its order."""
         return {
             "HEAD_DIM": self.head_dim,
             "LENGTHS": tuple(branch.whole for branch in self.branches),
             "RESTS": tuple(branch.rest for branch in self.branches),
-            "VECTOR": vector(self.dtype),
+            "VECTOR": self.vector,
             "BLOCK_M": self.config.block_m,
             "BLOCK_N": self.config.block_n,
             "PRECISION": "tf32" if self.tf32 else "ieee",

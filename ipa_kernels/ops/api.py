@@ -1,30 +1,14 @@
 """The public op: validate, choose an implementation, allocate."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import autograd, eager
-from .dispatch import (
-    UnsupportedError,
-    allows_tf32,
-    automatic_reasons,
-    call_reasons,
-    describe,
-    graph_reasons,
-    launch_class,
-    launch_config,
-    slower_reasons,
-)
+from .dispatch import choose, is_fake, is_traced
 from .validation import Problem, check_arguments, needs_gradient
-from .weights import filled, masks_for_kernel, scales_for_kernel
-
-if TYPE_CHECKING:
-    from ..kernels.launch import Launch
-
-IMPLEMENTATIONS = ("auto", "triton", "eager")
+from .weights import filled, make_launch
 
 
 def decoupled_attention(
@@ -75,40 +59,6 @@ def decoupled_attention(
     return traced_op(problem, impl) if chosen == "triton" and is_traced(problem) else run(problem, chosen)
 
 
-def check_impl(impl: str) -> None:
-    """Raise ValueError unless `impl` is one of the three names."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
-
-
-def choose(problem: Problem, impl: str) -> tuple[str, list[str]]:
-    """("triton" or "eager", why not the kernel); raises UnsupportedError where "triton" is demanded and cannot be.
-
-    In a graph that is traced, or without data, this is as far as the sizes do not tell.
-    """
-    check_impl(impl)
-    if impl == "eager":
-        return "eager", ['impl="eager"']
-    traced = is_traced(problem)
-    reasons = graph_reasons(problem, impl) if traced else call_reasons(problem)
-    if impl == "auto" and not traced:
-        reasons += automatic_reasons(problem.query.device, problem.query.dtype)
-        reasons += [] if reasons else slower_reasons(problem)
-    if impl == "triton" and reasons:
-        raise UnsupportedError(f'impl="triton" cannot run {describe(problem)}: ' + "; ".join(reasons))
-    return ("eager" if reasons else "triton"), reasons
-
-
-def is_traced(problem: Problem) -> bool:
-    """Whether a call is traced by a compiler, or has no data: then the kernel is one opaque op."""
-    return torch.compiler.is_compiling() or is_fake(problem.query)
-
-
-def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor is one of `torch._subclasses.FakeTensor`, by name: importing that class takes seconds."""
-    return type(tensor).__name__ == "FakeTensor"
-
-
 def run(problem: Problem, impl: str) -> Tensor:
     """Run the implementation that `choose` named."""
     if impl != "triton":
@@ -137,23 +87,4 @@ def traced_op(problem: Problem, impl: str) -> Tensor:
         problem.softmax_scale,
         problem.rounds_scales,
         impl,
-    )
-
-
-def make_launch(problem: Problem) -> "Launch":
-    """The launch for a problem, its query aside: for a query of the same shape, dtype and device."""
-    query = problem.query
-    config = launch_config(query.device, query.dtype, query.shape[3], query.shape[2])
-    launch = launch_class()
-    assert config is not None, "call_reasons was empty"
-    assert launch is not None, "call_reasons was empty"
-    return launch(
-        query.shape,
-        problem.keys,
-        problem.values,
-        scales_for_kernel(problem),
-        masks_for_kernel(problem),
-        problem.softmax_scale,
-        allows_tf32(query.device),
-        config,
     )

@@ -1,4 +1,4 @@
-"""What the kernel does not support, and why: every reason at once, from metadata alone."""
+"""Kernel or eager: what the kernel does not support, and why, every reason at once, from metadata alone."""
 
 import functools
 import operator
@@ -27,6 +27,8 @@ def _settled_when_traced(function: F) -> F:
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
+
+IMPLEMENTATIONS = ("auto", "triton", "eager")
 
 _BITS = {torch.float16: 16, torch.bfloat16: 16, torch.float32: 32}
 
@@ -252,3 +254,37 @@ def describe(problem: Problem) -> str:
     """Shapes, dtype and device of a call, for messages."""
     lengths = ", ".join(str(length) for length in problem.lengths)
     return f"query {list(problem.query.shape)}, keys per branch ({lengths}), {problem.query.dtype}, {problem.query.device}"
+
+
+def check_impl(impl: str) -> None:
+    """Raise ValueError unless `impl` is one of the three names."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLEMENTATIONS))}, got {impl!r}")
+
+
+def choose(problem: Problem, impl: str) -> tuple[str, list[str]]:
+    """("triton" or "eager", why not the kernel); raises UnsupportedError where "triton" is demanded and cannot be.
+
+    In a graph that is traced, or without data, this is as far as the sizes do not tell.
+    """
+    check_impl(impl)
+    if impl == "eager":
+        return "eager", ['impl="eager"']
+    traced = is_traced(problem)
+    reasons = graph_reasons(problem, impl) if traced else call_reasons(problem)
+    if impl == "auto" and not traced:
+        reasons += automatic_reasons(problem.query.device, problem.query.dtype)
+        reasons += [] if reasons else slower_reasons(problem)
+    if impl == "triton" and reasons:
+        raise UnsupportedError(f'impl="triton" cannot run {describe(problem)}: ' + "; ".join(reasons))
+    return ("eager" if reasons else "triton"), reasons
+
+
+def is_traced(problem: Problem) -> bool:
+    """Whether a call is traced by a compiler, or has no data: then the kernel is one opaque op."""
+    return torch.compiler.is_compiling() or is_fake(problem.query)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor is one of `torch._subclasses.FakeTensor`, by name: importing that class takes seconds."""
+    return type(tensor).__name__ == "FakeTensor"

@@ -1,12 +1,17 @@
-"""Scales and masks in the form that the kernels read."""
+"""The launch of a validated call: scales and masks in the form that the kernels read."""
 
 import functools
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .dispatch import allows_tf32, launch_class, launch_config
 from .validation import Problem
+
+if TYPE_CHECKING:
+    from ..kernels.launch import Launch
 
 
 def scales_for_kernel(problem: Problem) -> Tensor | None:
@@ -56,3 +61,22 @@ def masks_for_kernel(problem: Problem) -> tuple[Tensor | None, ...]:
     """[B or 1, M] each, in a dtype that the kernels read."""
     known = (torch.float32, problem.query.dtype)
     return tuple(mask if mask is None or mask.dtype in known else mask.to(torch.float32) for mask in problem.masks)
+
+
+def make_launch(problem: Problem) -> "Launch":
+    """The launch for a problem, its query aside: for a query of the same shape, dtype and device."""
+    query = problem.query
+    config = launch_config(query.device, query.dtype, query.shape[3], query.shape[2])
+    launch = launch_class()
+    assert config is not None, "call_reasons was empty"
+    assert launch is not None, "call_reasons was empty"
+    return launch(
+        query.shape,
+        problem.keys,
+        problem.values,
+        scales_for_kernel(problem),
+        masks_for_kernel(problem),
+        problem.softmax_scale,
+        allows_tf32(query.device),
+        config,
+    )

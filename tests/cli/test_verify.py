@@ -17,7 +17,7 @@ from ipa_kernels import cli
 from ipa_kernels.cli import verify, verify_cases, verify_layers
 from ipa_kernels.cli.verify_options import VerifyOptions
 from ipa_kernels.cli.verify_results import Finding, ratios
-from ipa_kernels.integration.processors import branches, unet
+from ipa_kernels.integration.processors import fused, unet
 from ipa_kernels.ops import dispatch, eager
 from ipa_kernels.reference import Comparison
 
@@ -279,7 +279,7 @@ def test_a_pipeline_of_files(verified: Any, weights: Path, tmp_path: Path) -> No
 
 
 def test_a_wrong_layer_of_a_pipeline_is_found_and_named(verified: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = branches.problem
+    problem = fused.problem_of
 
     def wrong(layer: Any, *arguments: Any) -> Any:
         found = problem(layer, *arguments)
@@ -287,7 +287,7 @@ def test_a_wrong_layer_of_a_pipeline_is_found_and_named(verified: Any, monkeypat
             found.keys[1].mul_(1.0001)
         return found
 
-    monkeypatch.setattr(branches, "problem", wrong)
+    monkeypatch.setattr(fused, "problem_of", wrong)
     code, printed = verified("--pipeline", "--device", "cpu", "--impl", "eager", "--dtype", "float32")
     assert code == 1
     assert "bit for bit, in 6 of 7 layers\n" in printed
@@ -341,7 +341,7 @@ def test_wrong_layers_of_a_pipeline_are_named_and_the_others_go_on(
 ) -> None:
     """One whose image keys are others from the second step on, as a stale memory's would be, and one that raises."""
     stale, raising = (f"{block}.attentions.0.transformer_blocks.0.attn2" for block in ("up_blocks.1", "mid_block"))
-    prepared = unet._prepared
+    prepared = fused._prepared
 
     def wrong(processor: Any, layer: Any, *rest: Any) -> Any:
         if layer.name == raising:
@@ -351,7 +351,7 @@ def test_wrong_layers_of_a_pipeline_are_named_and_the_others_go_on(
             call.computed[1].data.neg_()
         return step, call
 
-    monkeypatch.setattr(unet, "_prepared", wrong)
+    monkeypatch.setattr(fused, "_prepared", wrong)
     monkeypatch.setattr(verify_layers, "STEPS", 2)
     found = {name: finding for name, finding in small_run(device).items() if not finding.passed}
     assert list(found) == [stale, raising]

@@ -16,8 +16,8 @@ from torch import Tensor
 import ipa_kernels
 from ipa_kernels.graphs import cuda_graphs
 from ipa_kernels.integration import hooks, prepare_pipeline, scale_table, steps
-from ipa_kernels.integration.state import is_traced_or_captured
 from ipa_kernels.integration.static_storage import StaticStorage
+from ipa_kernels.integration.steps import is_capturing
 
 from ..helpers.adapters import load
 from ..helpers.compiled import BOTH, MASKED, PLAIN, Stream, as_stock, prepare, step_with_loras, whole
@@ -453,9 +453,9 @@ def test_another_thread_runs_as_ever_while_a_graph_is_recorded() -> None:
             pass
         recording.set()
         thread.join()
-        assert is_traced_or_captured(state.context)
+        assert is_capturing(state.context)
     handle.remove()
-    assert not is_traced_or_captured(state.context)
+    assert not is_capturing(state.context)
     assert same(found[0], expected)
 
 

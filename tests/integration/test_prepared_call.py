@@ -12,9 +12,9 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
 from torch import Tensor, nn
 
-from benchmarks import host
+from benchmarks import host_step
 from ipa_kernels.integration import running_step
-from ipa_kernels.integration.processors import branches, unet
+from ipa_kernels.integration.processors import fused, unet
 from ipa_kernels.integration.state import ModelContext
 from ipa_kernels.kernels.launch import Launch
 
@@ -75,7 +75,7 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
 
 
 def test_a_later_call_prepares_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    for place, name in ((branches, "problem"), (unet, "choose"), (unet, "stock_reasons")):
+    for place, name in ((fused, "problem_of"), (fused, "choose"), (fused, "stock_reasons")):
         monkeypatch.setattr(place, name, lambda *arguments, name=name: pytest.fail(f"{name} in a later call"))
     before = bench.context.conditioning.misses
     bench.hidden = torch.randn_like(bench.hidden)
@@ -117,7 +117,7 @@ def class_patched(bench: Bench) -> None:
     call = unet.STOCK[kind].__call__
     bench.undo = lambda: setattr(unet.STOCK[kind], "__call__", call)
     unet.STOCK[kind].__call__ = lambda self, *arguments, **keywords: call(self, *arguments, **keywords) * 5
-    unet.STOCK[kind].__call__.__signature__ = unet._Fused.__call__.__signature__
+    unet.STOCK[kind].__call__.__signature__ = fused.Fused.__call__.__signature__
 
 
 def replaced(place: Any, name: str) -> Callable[[Bench], None]:
@@ -341,14 +341,14 @@ def test_a_write_while_the_first_call_computes(what: str, monkeypatch: pytest.Mo
         "image": lambda: bench.images[0].mul_(2),
         "heads": lambda: setattr(bench.attention, "heads", 4),
     }
-    choose = unet.choose
+    choose = fused.choose
 
     def write_and_choose(*arguments: Any) -> Any:
-        monkeypatch.setattr(unet, "choose", choose)
+        monkeypatch.setattr(fused, "choose", choose)
         writes[what]()
         return choose(*arguments)
 
-    monkeypatch.setattr(unet, "choose", write_and_choose)
+    monkeypatch.setattr(fused, "choose", write_and_choose)
     with torch.no_grad():
         bench()
         for _ in range(3):
@@ -376,7 +376,7 @@ def test_a_query_of_another_shape_is_refused_as_by_stock(impl: str, monkeypatch:
 
 def test_what_is_ready_keeps_nothing_alive(bench: Bench) -> None:
     """The prompt lives on; its images, masks and layer do not, at once and without a collection of cycles."""
-    held = [weakref.ref(tensor) for tensor, _ in bench.ready.computed]
+    held = [weakref.ref(tensor) for tensor in bench.ready.computed]
     gone = [weakref.ref(module) for module in (bench.attention, bench.processor, bench.processor.to_k_ip[0])]
     context, text = bench.context, bench.text
     with no_collection():
@@ -431,7 +431,7 @@ def test_what_a_later_call_does_on_the_host(masked: bool, monkeypatch: pytest.Mo
     The launch is left out. Most of a later call's are those of diffusers' `Attention.forward`.
     """
     monkeypatch.undo()
-    monkeypatch.setattr(Launch, "_launch", host._leave_out)
+    monkeypatch.setattr(Launch, "_launch", host_step._leave_out)
     bench = Bench(masked=masked, impl="triton")
     with torch.no_grad():
         first = functions_called(bench)

@@ -1,39 +1,47 @@
 """From what a processor is called with to the branches of its attention: projected, in stock's order and shapes."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from ...ops import UnsupportedError
+from ...ops.dispatch import layer_reasons
 from ...ops.validation import Problem, check_arguments
-from ..guards import LayerGuard, ModuleGuard
-from ..running_step import get_or_compute
+from ...report import plural
+from ..conditioning_cache import Keeper
+from ..guards import LayerGuard, ModuleGuard, number
 from ..state import Layer
 
 
-def problem(
+class Keeps(NamedTuple):
+    """Where a call keeps what it computes, and what it computes with."""
+
+    keeper: Keeper
+    guard: LayerGuard
+
+
+def problem_of(
     layer: Layer,
     processor: Any,
     attn: Attention,
     query: Tensor,
     inputs: tuple[Tensor, list[Tensor], Any],
     softmax_scale: float | None,
-    guard: LayerGuard | None,
     runs_kernel: Callable[[Tensor], bool],
+    keeps: Keeps | None = None,
 ) -> Problem:
     """For eager calls: an adapter of scale 0 is left out, its projections are not run.
 
-    query: [B, M, H·D]; inputs: text, image tokens and masks; guard: None where nothing is kept; runs_kernel: whether the kernel
-    is what runs such states.
+    query: [B, M, H·D]; inputs: text, image tokens and masks; runs_kernel: whether the kernel is what runs such states; keeps:
+    None where nothing is kept.
     """
     text, images, masks = inputs
-    guards = None if guard is None else guard.text
-    key, value = keys_and_values(layer, attn, text, "text", (attn.to_k, attn.to_v), guards, runs_kernel)
+    guards = None if keeps is None else keeps.guard.text
+    key, value = keys_and_values(layer, attn, text, "text", (attn.to_k, attn.to_v), guards, keeps, runs_kernel)
     keys: list[Tensor] = []
     values: list[Tensor] = []
     scales: list[float] = []
@@ -43,51 +51,16 @@ def problem(
         if all(s == 0 for s in scale) if isinstance(scale, list) else scale == 0:
             continue
         modules = processor.to_k_ip[adapter], processor.to_v_ip[adapter]
-        guards = None if guard is None else guard.images[adapter]
+        guards = None if keeps is None else keeps.guard.images[adapter]
         # all images of an unmasked adapter share one softmax
         for i in range(1 if mask is None else mask.shape[1]):
             use = (adapter, None if mask is None else i)
-            image_key, image_value = keys_and_values(layer, attn, state, use, modules, guards, runs_kernel)
+            image_key, image_value = keys_and_values(layer, attn, state, use, modules, guards, keeps, runs_kernel)
             keys.append(image_key)
             values.append(image_value)
             scales.append(factor(scale[i] if isinstance(scale, list) else scale, query.dtype, query.device))
-            vectors.append(None if mask is None else _mask_vector(mask, i, query))
-    return check_arguments(_split(query, attn.heads), key, value, keys, values, scales, vectors, None, softmax_scale)
-
-
-def graph_problem(
-    layer: Layer,
-    processor: Any,
-    attn: Attention,
-    query: Tensor,
-    inputs: tuple[Tensor, list[Tensor], Any],
-    softmax_scale: float | None,
-) -> Problem:
-    """For a call that a compiler or a CUDA graph records, to be run with other data: scales are a tensor, none is left out.
-
-    What was prepared for the step is read from where it is refilled (`static_storage`); else it is projected in the graph.
-    """
-    text, images, masks = inputs
-    masks = of_adapters(masks, len(images))
-    counts = image_counts(masks)
-    scales = layer.table.branches(counts)
-    static = layer.static if layer.context.is_prepared else None
-    if static is not None:
-        vectors = static.vectors.get(query.shape[1])
-        if vectors is not None:
-            keys = [_split(key, attn.heads) for key in static.keys]
-            values = [_split(value, attn.heads) for value in static.values]
-            return _checked(query, attn, keys, values, scales, vectors, softmax_scale)
-    if not torch.compiler.is_compiling() and any(mask is not None for mask in masks):
-        raise UnsupportedError(
-            f"ip_adapter_masks: none were prepared for {query.shape[1]} queries, and a graph reads no others"
-        )
-    branches = list(projections(processor, attn, text, images, counts))
-    keys = [_split(to_k(tokens), attn.heads) for tokens, to_k, _ in branches]
-    values = [_split(to_v(tokens), attn.heads) for tokens, _, to_v in branches]
-    return _checked(
-        query, attn, keys, values, scales, mask_vectors(masks, query.shape[1], query.dtype, query.device), softmax_scale
-    )
+            vectors.append(None if mask is None else _mask_vector(mask, i, query, keeps))
+    return check_arguments(split(query, attn.heads), key, value, keys, values, scales, vectors, None, softmax_scale)
 
 
 def factor(scale: Any, dtype: torch.dtype, device: torch.device) -> float:
@@ -102,51 +75,7 @@ def of_adapters(masks: list[Any] | None, adapters: int) -> list[Any]:
     return masks or [None] * adapters
 
 
-def image_counts(masks: list[Any]) -> list[int | None]:
-    """The images of each mask; None where there is none, and all images of the adapter share one softmax."""
-    return [None if mask is None else mask.shape[1] for mask in masks]
-
-
-def projections(
-    processor: Any, attn: Attention, text: Tensor, images: list[Tensor], counts: list[int | None]
-) -> Iterator[tuple[Tensor, nn.Module, nn.Module]]:
-    """(tokens, to_k, to_v) of each branch: the text, then of each adapter all images at once, or one by one where counted."""
-    yield text, attn.to_k, attn.to_v
-    for state, to_k, to_v, count in zip(images, processor.to_k_ip, processor.to_v_ip, counts, strict=True):
-        if count is None:
-            yield state, to_k, to_v
-        else:
-            for i in range(count):
-                yield state[:, i], to_k, to_v
-
-
-def mask_vectors(masks: list[Any], queries: int, dtype: torch.dtype, device: torch.device) -> list[Tensor | None]:
-    """[B or 1, M] or None for each image branch of `projections`."""
-    vectors: list[Tensor | None] = []
-    for mask in masks:
-        for i in range(1 if mask is None else mask.shape[1]):
-            vectors.append(None if mask is None else torch.ops.ipa_kernels.mask_vector(mask, i, queries).to(device, dtype))
-    return vectors
-
-
-def _checked(
-    query: Tensor,
-    attn: Attention,
-    keys: list[Tensor],
-    values: list[Tensor],
-    scales: Tensor,
-    vectors: list[Tensor | None],
-    softmax_scale: float | None,
-) -> Problem:
-    (key, *image_keys), (value, *image_values) = keys, values
-    if scales.device != query.device:
-        scales = scales.to(query.device)
-    heads = _split(query, attn.heads)
-    checked = check_arguments(heads, key, value, image_keys, image_values, scales, vectors, None, softmax_scale)
-    return replace(checked, rounds_scales=False)
-
-
-def _split(projected: Tensor, heads: int) -> Tensor:
+def split(projected: Tensor, heads: int) -> Tensor:
     """[B, N, H·D] to [B, H, N, D]."""
     return projected.view(projected.shape[0], -1, heads, projected.shape[-1] // heads).transpose(1, 2)
 
@@ -158,11 +87,12 @@ def keys_and_values(
     use: Any,
     modules: tuple[nn.Module, nn.Module],
     guards: tuple[ModuleGuard, ModuleGuard] | None,
+    keeps: Keeps | None,
     runs_kernel: Callable[[Tensor], bool],
 ) -> tuple[Tensor, Tensor]:
     """[B, H, N, D] each, of the text (`use` "text") or of an adapter's images, one or all: (adapter, image or None).
 
-    modules: to_k and to_v; guards: theirs, None where nothing is kept.
+    modules: to_k and to_v; guards: theirs; keeps: None where nothing is kept.
     """
     to_k, to_v = modules
 
@@ -176,49 +106,170 @@ def keys_and_values(
             return rows if use == "text" or use[1] is None else rows[:, use[1]]
 
         # like stock, once for each: autograd then sums their gradients in stock's order
-        return _split(to_k(tokens()), attn.heads), _split(to_v(tokens()), attn.heads)
+        return split(to_k(tokens()), attn.heads), split(to_v(tokens()), attn.heads)
 
-    if guards is None:
+    if guards is None or keeps is None:
         return project()
-    verified = tuple(guard.verified() for guard in guards)
-    return get_or_compute(states, (layer, use, attn.heads), lambda: verified, project, layer.name)
+    return keeps.keeper.get_or_compute(states, (layer, use, attn.heads), guards, project, layer.name)
 
 
 def all_keys_and_values(
-    layer: Layer, processor: Any, attn: Attention, text: Tensor, images: list[Tensor], counts: list[int | None]
+    layer: Layer,
+    processor: Any,
+    attn: Attention,
+    text: Tensor,
+    images: list[Tensor],
+    counts: list[int | None],
+    keeps: Keeps | None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Of every branch, as `keys_and_values`: the text, then of each adapter all images at once, or one by one where counted."""
-    guard = layer.guard(attn, processor)
-
-    def runs_kernel(states: Tensor) -> bool:
-        return False
-
-    yield keys_and_values(layer, attn, text, "text", (attn.to_k, attn.to_v), guard.text, runs_kernel)
+    guards = None if keeps is None else keeps.guard.text
+    yield keys_and_values(layer, attn, text, "text", (attn.to_k, attn.to_v), guards, keeps, lambda states: False)
     for adapter, (state, count) in enumerate(zip(images, counts, strict=True)):
         modules = processor.to_k_ip[adapter], processor.to_v_ip[adapter]
+        guards = None if keeps is None else keeps.guard.images[adapter]
         for i in (None,) if count is None else range(count):
-            yield keys_and_values(layer, attn, state, (adapter, i), modules, guard.images[adapter], runs_kernel)
+            yield keys_and_values(layer, attn, state, (adapter, i), modules, guards, keeps, lambda states: False)
 
 
-def _mask_vector(mask: Tensor, i: int, query: Tensor) -> Tensor:
+def _mask_vector(mask: Tensor, i: int, query: Tensor, keeps: Keeps | None) -> Tensor:
     """[B or 1, M] for image i, in the dtype that stock rounds it to."""
     queries, dtype, device = query.shape[1], query.dtype, query.device
-    return get_or_compute(
-        mask, ("mask", i, queries, dtype, device), tuple, lambda: _resized(mask, i, queries).to(dtype=dtype, device=device)
-    )
+
+    def vector() -> Tensor:
+        return resized(mask, i, queries).to(dtype=dtype, device=device)
+
+    if keeps is None:
+        return vector()
+    return keeps.keeper.get_or_compute(mask, ("mask", i, queries, dtype, device), (), vector)
 
 
-def _resized(mask: Tensor, image: int, queries: int) -> Tensor:
+def resized(mask: Tensor, image: int, queries: int) -> Tensor:
     """[B or 1, M]: one channel of the mask that stock multiplies with."""
     return IPAdapterMaskProcessor.downsample(mask[:, image], mask.shape[0], queries, 1)[..., 0].contiguous()  # type: ignore[no-any-return]
 
 
-def _blank_vector(mask: Tensor, image: int, queries: int) -> Tensor:
-    return mask.new_empty((mask.shape[0], queries))
+def stock_reasons(
+    processor: Any, attn: Attention, hidden_states: Tensor, states: Any, attention_mask: Tensor | None, masks: Any, scales: Any
+) -> list[str]:
+    """Why only the replaced class may run a call; every check is one that costs nothing.
+
+    scales: of the processor; for a graph one None for each adapter, since a value that is looked at is compiled in.
+    """
+    if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        # sizes are tensors here: nothing is compared
+        return ["torch.jit.trace: diffusers' own code is traced, the kernel is not; use torch.compile to have it in a graph"]
+    reasons = _attention_reasons(attn)
+    if attention_mask is not None:
+        reasons.append(
+            "attention_mask: only diffusers' own code takes one; leave encoder_attention_mask out if nothing is masked"
+        )
+    if hidden_states.ndim != 3:
+        reasons.append(f"hidden_states: expected [batch, queries, channels], got {hidden_states.ndim} dimensions; reshape them")
+    if not _is_pair(states):
+        pair = "pass images as added_cond_kwargs={'image_embeds': [...]} of the UNet"
+        return [
+            *reasons,
+            f"encoder_hidden_states: expected a pair of text and a list of image tokens, got another form; {pair}",
+        ]
+    text, images = states
+    if len(images) != len(processor.to_k_ip) or not isinstance(scales, list) or len(scales) != len(images):
+        adapters = len(processor.to_k_ip)
+        count = f"got {len(images)} for {adapters} adapter{plural(adapters)} with scales {scales}"
+        return [*reasons, f"image inputs: {count}; give each adapter one image input and one scale"]
+    if any(state.ndim not in (3, 4) for state in images):
+        reasons.append("image tokens: not three or four dimensions; pass [batch, images, tokens, channels]")
+    batches = [hidden_states.shape[0], text.shape[0], *(state.shape[0] for state in images)]
+    if len(set(batches)) > 1:
+        got = f"expected the same, got {batches}"
+        todo = "cut all of them where a callback cuts one, and call the pipeline once per prompt where each has a reference"
+        reasons.append(f"batch sizes of queries, text and images: {got}; {todo}")
+    reasons += _mask_reasons(scales, masks, images, hidden_states.shape[0])
+    return reasons
 
 
-# An op, since a mask of another aspect ratio than the picture makes diffusers warn, which no compiler traces.
-_LIBRARY = torch.library.Library("ipa_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
-_LIBRARY.define("mask_vector(Tensor mask, int image, int queries) -> Tensor")  # type: ignore[no-untyped-call]
-_LIBRARY.impl("mask_vector", _resized, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("ipa_kernels::mask_vector", _blank_vector, lib=_LIBRARY)
+def _mask_reasons(scales: list[Any], masks: Any, images: list[Tensor], batch: int) -> list[str]:
+    """Masks or scales for which diffusers raises, or that it broadcasts in its own way."""
+    if masks is None:
+        masks = [None] * len(images)
+    elif not isinstance(masks, list) or len(masks) != len(images):
+        came = f"a list of {len(masks)} for {len(images)}" if isinstance(masks, list) else type(masks).__name__
+        return [
+            f"ip_adapter_masks: expected a list with an entry for each adapter, got {came}, which is left to diffusers' "
+            "own code; pass such a list"
+        ]
+    for scale, mask, state in zip(scales, masks, images, strict=True):
+        if scale is not None:
+            other = [one for one in (scale if isinstance(scale, list) else [scale]) if number(one) is None]
+            if other:
+                return [f"adapter scale: got {_described(other[0])}; set a number, or a list of numbers"]
+        if mask is None:
+            if isinstance(scale, list) and any(s != 0 for s in scale):
+                return ["adapter scales per image: only images with masks have a scale each; pass masks, or set one scale"]
+            continue
+        if not isinstance(mask, Tensor) or mask.ndim != 4 or state.ndim != 4 or mask.shape[1] != state.shape[1]:
+            form = "[1, images, height, width]"
+            return [f"ip_adapter_masks: an entry is no tensor {form} with a mask for each image; pass one for each adapter"]
+        if mask.shape[0] not in (1, batch) or (isinstance(scale, list) and len(scale) != mask.shape[1]):
+            got = f"got {list(mask.shape)} for a batch of {batch} with scale {scale!r}"
+            return [f"ip_adapter_masks: {got}; pass one row, or one for each row of the batch, and a scale per image"]
+    return []
+
+
+def _described(scale: Any) -> str:
+    """A scale that is no number, without its value where that would have to be waited for."""
+    if not isinstance(scale, Tensor):
+        return repr(scale)
+    gradient = " that requires grad" if scale.requires_grad else ""
+    return f"a tensor {list(scale.shape)}{gradient}, {scale.dtype}, on {scale.device}"
+
+
+def _attention_reasons(attn: Attention) -> list[str]:
+    """Parts of an Attention that no UNet with an IP-Adapter has, and that only the replaced class honours."""
+    factor = attn.rescale_output_factor
+    parts = {
+        # what is no number may be written to, or be one for each channel
+        "heads that are no whole number": not isinstance(attn.heads, Integral),
+        "spatial_norm": attn.spatial_norm is not None,
+        "group_norm": attn.group_norm is not None,
+        "norm_cross": bool(attn.norm_cross),
+        "residual_connection": bool(attn.residual_connection),
+        "rescale_output_factor": not (isinstance(factor, Real) and factor == 1),
+    }
+    return [f"attention with {part}: only diffusers' own code honours it" for part, there in parts.items() if there]
+
+
+def _is_pair(states: Any) -> bool:
+    """Whether this is (text, [image tokens, ...]), which is what a UNet with an IP-Adapter passes."""
+    return (
+        isinstance(states, tuple)
+        and len(states) == 2
+        and isinstance(states[0], Tensor)
+        and states[0].ndim == 3
+        and isinstance(states[1], list | tuple)
+        and all(isinstance(state, Tensor) for state in states[1])
+    )
+
+
+def mask_reasons(kind: Any, masks: Any) -> list[str]:
+    """Why masks are for the replaced class alone."""
+    return [kind.mask_refusal] if masks is not None and kind.mask_refusal else []
+
+
+def softmax_scale(kind: Any, attn: Attention) -> float | None:
+    """The factor of the scores; None is 1/sqrt(head dim), which a class that ignores attn.scale takes."""
+    return None if kind.ignores_scale else float(attn.scale)
+
+
+def cannot(layer: Layer, attn: Attention, hidden_states: Tensor, reasons: list[str]) -> str:
+    """The message of an `UnsupportedError`."""
+    reasons = reasons + layer_reasons(hidden_states.device, hidden_states.dtype, attn.inner_dim // attn.heads)
+    # sizes are tensors while torch.jit traces
+    shape = "of any shape" if torch.jit.is_tracing() else list(hidden_states.shape)  # type: ignore[no-untyped-call]
+    saw = f"hidden_states {shape}, {hidden_states.dtype}, {hidden_states.device}"
+    return f'{layer.name}: impl="triton" cannot run {saw}: ' + "; ".join(reasons)
+
+
+def merge(out: Tensor) -> Tensor:
+    """[B, H, M, D] to [B, M, H·D]."""
+    return out.transpose(1, 2).reshape(out.shape[0], out.shape[2], -1)
