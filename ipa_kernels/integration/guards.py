@@ -126,6 +126,8 @@ class ModuleGuard:
             if self.doubt:
                 break
             self._kinds.add(type(module))
+            if "processor" in vars(module):
+                self._kinds.add(type(module.processor))
             self.parts.append(_Part(module, attributes_of(module)))
         self.valid = not self.doubt
 
