@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .guards import LayerGuard, ModuleGuard, TensorGuard, doubt_of_tensor, is_plain
+from .guards import ModuleGuard, TensorGuard, doubt_of_tensor, is_plain
 from .prepared_call import PreparedCall
 
 T = TypeVar("T")
@@ -57,8 +57,9 @@ class _Value:
 
 
 class Entry:
-    """A condition. settings: as given to `open`; calls: of each layer that ran under it; sources: the identities of the tensors
-    whose values it used; last: the number of the last step that had it; is_new: whether this is its first.
+    """A condition. settings: as given to `open`; calls: of each layer that ran under it, by the identity of its `Attention`;
+    sources: the identities of the tensors whose values it used; last: the number of the last step that had it; is_new: whether
+    this is its first.
     """
 
     __slots__ = ("calls", "inputs", "is_new", "last", "settings", "sources")
@@ -66,7 +67,7 @@ class Entry:
     def __init__(self, settings: Hashable) -> None:
         self.settings = settings
         self.inputs: list[weakref.ref[Tensor]] = []
-        self.calls: dict[LayerGuard, PreparedCall] = {}
+        self.calls: dict[int, PreparedCall] = {}
         self.sources: set[int] = set()
         self.last = 0
         self.is_new = True

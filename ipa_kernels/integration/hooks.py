@@ -158,8 +158,10 @@ class ModelState:
         for several in (images, masks):
             inputs += several if isinstance(several, list) else [several]
         stream = step.stream and step.stream.cuda_stream
-        is_number = isinstance(step.lora_scale, int | float)
-        step.entry = context.conditioning.open(inputs, (step.modes, stream, step.lora_scale)) if is_number else None
+        if not isinstance(step.lora_scale, int | float):
+            context.conditioning.reason = "cross_attention_kwargs: a scale of LoRAs that is no number; pass one"
+            return
+        step.entry = context.conditioning.open(inputs, (step.modes, stream, step.lora_scale))
         step.is_closed = step.entry is not None and is_plain and step.lora_scale == 1 and self.guard.is_pure(unet, self.context)
 
     def _refill(self, unet: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], step: running_step.Step) -> str:

@@ -9,20 +9,20 @@ from torch import Tensor
 from ..ops.api import run
 from ..ops.validation import Problem
 from ..ops.weights import make_launch
-from .guards import TensorGuard, is_plain, number
+from .guards import LayerGuard, TensorGuard, is_plain, number
 
 
 class PreparedCall:
     """Fast path: if nothing but hidden_states changed since this layer's last call under an entry, skip validation and launch.
 
-    What the layer computes with is for its `LayerGuard`. impl: what ran; option: what was asked for; modes: as `modes_of`
+    guard: of what the layer computes with; impl: what ran; option: what was asked for; modes: as `modes_of`
     before it; values: how many kept values it stands for; depth: of the layer's call below that of the UNet
     (`steps.depth_below`); computed: its keys, values and mask vectors.
     """
 
     __slots__ = (
         "_arguments", "_dtype", "_heads", "_images", "_launch", "_masks", "_query", "_scales", "_shape", "_text", "_versions",
-        "computed", "depth", "device", "impl", "modes", "option", "reason", "values",
+        "computed", "depth", "device", "guard", "impl", "modes", "option", "reason", "values",
     )  # fmt: skip
 
     def __init__(self, hidden: Tensor, scales: list[Any], inputs: tuple[Tensor, Any, Any], modes: tuple[Any, ...]) -> None:
@@ -51,12 +51,13 @@ class PreparedCall:
         except Doubtful:
             return None
 
-    def prepare(self, problem: Problem, impl: str, option: str, reason: str, depth: int | None) -> bool:
+    def prepare(self, problem: Problem, guard: LayerGuard, impl: str, option: str, reason: str, depth: int | None) -> bool:
         """Keep what was computed, to run again; False where that cannot be."""
         query = problem.query
         if not is_plain(query):
             return False
         batch, heads, queries, head_dim = query.shape
+        self.guard = guard
         self.impl, self.option, self.reason, self.depth = impl, option, reason, depth
         masks = [mask for mask in problem.masks if mask is not None]
         self.values = len(problem.keys) + len(masks)

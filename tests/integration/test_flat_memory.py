@@ -171,3 +171,21 @@ def test_the_tensors_of_a_generation_die_with_it() -> None:
         del generation
         assert [tensor() for tensor in inputs] == [None] * 3
         assert bytes_of(unet) == 0
+
+
+@others_set_aside()
+def test_weights_that_are_edited_in_every_step() -> None:
+    """Of one prompt: what the weights before computed is replaced, not kept beside the new."""
+    unet = model()
+    generation = Generation(0)
+    found: list[Any] = []
+    with torch.no_grad():
+        for i in range(30):
+            for name, module in unet.named_modules():
+                if name.endswith(("attn2.to_v", "to_k_ip.0")):
+                    module.weight.mul_(1.01)
+            generation.run(unet)
+            if i % 9 == 1:
+                found.append((bytes_of(unet), held()))
+    assert found[0][0] > 0
+    assert all(one == found[0] for one in found)

@@ -92,9 +92,11 @@ def _prepared(processor: Any, layer: Layer, attn: Attention, masked: bool) -> tu
     step = THREAD.step
     if step is None or step.entry is None or step.context is not layer.context:
         return step, None
+    call = step.entry.calls.get(id(attn))
     guard = layer.guards.get(id(attn))
-    call = None if guard is None else step.entry.calls.get(guard)
-    if guard is None or call is None or call.option != layer.context.impl or not _is_below(step.frame, call.depth):
+    if call is None or guard is None or call.guard is not guard or call.option != layer.context.impl:
+        return step, None
+    if not _is_below(step.frame, call.depth):
         return step, None
     if step.is_closed:
         # checked before the step
@@ -174,8 +176,8 @@ def _eager_call(
     if keeps is not None and call is not None and query is not None:
         is_kept = keeps.keeper.cache.unkept == unkept and (is_closed or not _is_hooked(attn.to_q))
         is_same = keeps.guard.check() and call.matches(hidden_states, states, masks, processor.scale)
-        if is_kept and is_same and call.prepare(problem, chosen, impl, layer.reason, depth):
-            keeps.keeper.entry.calls[keeps.guard] = call
+        if is_kept and is_same and call.prepare(problem, keeps.guard, chosen, impl, layer.reason, depth):
+            keeps.keeper.entry.calls[id(attn)] = call
             return call.attend(query)
     return merge(run(problem, chosen))
 
