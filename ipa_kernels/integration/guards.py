@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .known_modules import attributes_of, is_known, runs_own_functions, settings_of, stock_kind, tensors_of
 
@@ -242,7 +241,6 @@ class LayersGuard:
         self._versions = [guard.version for guard in self._weights]
         self._addresses = [guard.address for guard in self._weights]
         self._others = [part for part in parts if not part.is_linear]
-        self._hooks_made = RemovableHandle.next_id
 
     def matches(self) -> bool:
         """Whether all is as it was. False once a guard is not valid, whoever found that."""
@@ -276,11 +274,8 @@ class LayersGuard:
         own = [module.__dict__ for module in modules]
         if list(map(len, own)) != self._sizes or any(type(module) is not nn.Linear for module in modules):
             return False
-        if RemovableHandle.next_id != self._hooks_made:
-            # some module has a new hook
-            if any(map(is_hooked, modules)):
-                return False
-            self._hooks_made = RemovableHandle.next_id
+        if any(attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] for attributes in own):
+            return False
         parameters = [attributes["_parameters"] for attributes in own]
         weights = [tensors["weight"] for tensors in parameters]
         if not all(guard.tensor() is weight for guard, weight in zip(self._weights, weights, strict=True)):
