@@ -69,9 +69,14 @@ class Recorder:
 
     def __init__(self) -> None:
         self.launches: list[tuple[tuple[int, ...], tuple[Any, ...]]] = []
+        self.streams: list[int | None] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *arguments: self.launches.append((grid, arguments))
+        def run(*arguments: Any, stream: int | None = None) -> None:
+            self.launches.append((grid, arguments))
+            self.streams.append(stream)
+
+        return run
 
 
 def leaves(types: Any, values: Any, constants: dict[tuple[int, ...], Any], path: tuple[int, ...] = ()) -> Iterator[Any]:

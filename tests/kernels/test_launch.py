@@ -13,6 +13,7 @@ import pytest
 import torch
 import triton
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ipa_kernels import UnsupportedError, decoupled_attention
 from ipa_kernels.kernels import launch, launch_backward, launch_table, launch_table_backward
@@ -41,6 +42,7 @@ def test_a_launch_passes_what_was_compiled(
     monkeypatch.setattr(launch, "INTERPRETED", False)
     recorder = Recorder()
     monkeypatch.setattr(launch, "_compiled", lambda specialization, device: recorder)
+    monkeypatch.setattr(launch, "current_stream", lambda device: 7)
     config = launch_table.find(arch, 32 if dtype == torch.float32 else 16, 40, 99)
     assert config is not None
     lengths = (77, *images)
@@ -54,6 +56,9 @@ def test_a_launch_passes_what_was_compiled(
     assert prepared.packed(query).shape == query.shape
 
     asked = source(prepared.specialization)
+    # keys, values, scales and masks are passed as addresses
+    kept = {tensor.data_ptr(): tensor for tensor in pytree.tree_leaves(prepared.tensors)}
+    assert recorder.streams == [7, 7]
     (grid, arguments), (same_grid, same_arguments) = recorder.launches
     assert grid == same_grid == (3 * -(-99 // config.block_m), 2, 1)
     for passed in (arguments, same_arguments):
@@ -62,7 +67,7 @@ def test_a_launch_passes_what_was_compiled(
                 assert value == constant
             elif kind.startswith("*"):
                 names = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-                assert names[value.dtype] == kind
+                assert names[(kept[value] if isinstance(value, int) else value).dtype] == kind
             elif kind == "i32":
                 assert type(value) is int
                 assert 0 <= value < 2**31
@@ -70,7 +75,9 @@ def test_a_launch_passes_what_was_compiled(
                 assert kind == "fp32"
                 assert type(value) is float
     # what the compiler was told of bases, and what it multiplies back, is true
-    assert all(tensor.data_ptr() % 16 == 0 for tensor in (arguments[0], arguments[1], *arguments[2], *arguments[3]))
+    addresses = (*(tensor.data_ptr() for tensor in arguments[:2]), *arguments[2], *arguments[3])
+    assert not any(address % 16 for address in addresses)
+    assert (arguments[2], arguments[3]) == tuple(tuple(key.data_ptr() for key in each) for each in prepared.tensors[:2])
     vector = 4 if dtype == torch.float32 else 8
     named = dict(zip(asked.signature, arguments, strict=True))
     assert [stride * vector for stride in named["q_strides"]] == [99 * 120, 40, 120]
