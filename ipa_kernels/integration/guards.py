@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .known_modules import attributes_of, is_known, kinds_called, runs_own_functions, settings_of, stock_kind, tensors_of
 
@@ -54,6 +53,14 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or "forward" in own or "_hf_hook" in own or "_diffusers_hook" in own
     )
+
+
+def have_hooks(own: list[dict[str, Any]]) -> bool:
+    """Whether one of many modules, of which this is what `vars` returns, has hooks of torch."""
+    return any(map(_HOOKS, own)) or any(map(_PRE_HOOKS, own))
+
+
+_HOOKS, _PRE_HOOKS = operator.itemgetter("_forward_hooks"), operator.itemgetter("_forward_pre_hooks")
 
 
 def doubt_of(module: Any) -> str:
@@ -243,7 +250,6 @@ class LayersGuard:
         self._versions = [guard.version for guard in self._weights]
         self._addresses = [guard.address for guard in self._weights]
         self._others = [part for part in parts if not part.is_linear]
-        self._hooks_made = RemovableHandle.next_id
 
     def matches(self) -> bool:
         """Whether all is as it was. False once a guard is not valid, whoever found that."""
@@ -281,11 +287,8 @@ class LayersGuard:
         own = [module.__dict__ for module in modules]
         if list(map(len, own)) != self._sizes or any(type(module) is not nn.Linear for module in modules):
             return False
-        if RemovableHandle.next_id != self._hooks_made:
-            # some module has a new hook
-            if any(map(is_hooked, modules)):
-                return False
-            self._hooks_made = RemovableHandle.next_id
+        if have_hooks(own):
+            return False
         parameters = [attributes["_parameters"] for attributes in own]
         weights = [tensors["weight"] for tensors in parameters]
         if not all(guard.tensor() is weight for guard, weight in zip(self._weights, weights, strict=True)):

@@ -127,7 +127,6 @@ class Case:
     images: int = 1
     layers: int = 4
     resolutions: int = 2
-    xfail: bool = False
 
     def enabled(self) -> Any:
         pipe = self.make()
@@ -154,10 +153,10 @@ CASES: dict[str, Case] = {
     # its guider calls the UNet for each condition
     "modular": of("modular", steps=2 * STEPS, texts=2, images=2, layers=8, resolutions=1),
     # in all steps but the first, the prompt's tensors come again, for the perturbed call
-    "modular PAG": Case(modular_pag, steps=3 * STEPS - 1, texts=2, images=2, layers=8, resolutions=1, xfail=True),
+    "modular PAG": Case(modular_pag, steps=3 * STEPS - 1, texts=2, images=2, layers=8, resolutions=1),
     # a text tensor for each view in each step
     "Panorama": Case(panorama, drawn_panorama, steps=4 * STEPS, texts=4 * STEPS),
-    "k-diffusion": loop(k_diffusion, xfail=True),
+    "k-diffusion": loop(k_diffusion),
     "two calls": loop(
         partial(two_calls, own_images=True, timestep=TIMES.__getitem__), steps=2 * STEPS, texts=2, images=2
     ),
@@ -165,16 +164,12 @@ CASES: dict[str, Case] = {
         partial(two_calls, own_images=False, timestep=TIMES.__getitem__), steps=2 * STEPS, texts=2
     ),
     "two calls, new timesteps": loop(
-        partial(two_calls, own_images=True, timestep=new_tensor), steps=2 * STEPS, texts=2, images=2, xfail=True
+        partial(two_calls, own_images=True, timestep=new_tensor), steps=2 * STEPS, texts=2, images=2
     ),
     "two calls with the same images, new timesteps": loop(
-        partial(two_calls, own_images=False, timestep=new_tensor), steps=2 * STEPS, texts=2, xfail=True
+        partial(two_calls, own_images=False, timestep=new_tensor), steps=2 * STEPS, texts=2
     ),
 }  # fmt: skip
-
-RED = pytest.mark.xfail(
-    strict=True, reason="One mechanism for what is constant: values belong to tensors, whatever the timesteps"
-)
 
 
 def expected_calls(model: nn.Module, case: Case, texts: int, images: int) -> dict[str, int]:
@@ -222,7 +217,7 @@ def checked(case: Case, impl: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, id=name, marks=[RED] * case.xfail) for name, case in CASES.items()]
+    "case", [pytest.param(case, id=name) for name, case in CASES.items()]
 )  # fmt: skip
 def test_each_projection_is_computed_once_for_each_input(case: Case) -> None:
     checked(case, "eager")

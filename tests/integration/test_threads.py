@@ -250,7 +250,6 @@ def same(picture: Tensor, reference: Tensor) -> None:
     assert torch.equal(picture, reference)
 
 
-@pytest.mark.xfail(strict=True, reason="One mechanism for what is constant: an uncompiled step waits for no other thread")
 def test_a_prepared_step_that_is_not_compiled_waits_for_no_other() -> None:
     """It runs without the storage that the other step reads."""
     pipe, other, twin = pipes(None, slow)
@@ -424,18 +423,15 @@ class Interrupted:
 
 
 Call = Callable[[Any, Prompt, list[Tensor]], Tensor]
-UNSEEN = pytest.mark.xfail(strict=True, reason="One mechanism for what is constant: no verdict outlives its step")
 
 
 @pytest.mark.parametrize("thread", ["the same thread", "another thread"])
 @pytest.mark.parametrize("call", [call_of_a_layer, call_of_forward])
 @pytest.mark.parametrize("edit", [nothing, edit_with_a_trace, edit_without_a_trace, hook, forward_of_ones_own])
 def test_what_an_interrupted_step_found_is_not_found_without_a_step(
-    edit: Callable[[Any], None], call: Call, thread: str, request: pytest.FixtureRequest
+    edit: Callable[[Any], None], call: Call, thread: str
 ) -> None:
     """By content: a direct call after the interrupt runs what is there by then."""
-    if edit is edit_without_a_trace and thread == "the same thread":
-        request.applymarker(UNSEEN)
     found = []
     for unet in unets():
         scene = Interrupted(unet)
@@ -453,7 +449,6 @@ def test_what_an_interrupted_step_found_is_not_found_without_a_step(
     assert edit is edit_without_a_trace or torch.equal(after, expected_after)
 
 
-@UNSEEN
 @pytest.mark.parametrize("call", [call_of_a_layer, call_of_forward])
 def test_no_hit_is_counted_without_a_step(call: Call) -> None:
     unet, _ = unets()
