@@ -59,9 +59,9 @@ class Scene:
         return self.unet.get_submodule(LAYER)
 
     @property
-    def before(self) -> ResnetBlock2D:
+    def before(self) -> Any:
         """What runs right before that layer's block."""
-        return self.unet.mid_block.resnets[0]  # type: ignore[no-any-return]
+        return self.unet.mid_block.resnets[0]
 
     @torch.no_grad()
     def edit(self, *arguments: Any) -> None:
@@ -183,7 +183,7 @@ def what_call_module_calls(scene: Scene) -> None:
 def a_processor_of_ones_own(scene: Scene) -> None:
     """For the self-attention before the layer."""
 
-    class Own(AttnProcessor2_0):
+    class Own(AttnProcessor2_0):  # type: ignore[misc]
         def __call__(self, *arguments: Any, **options: Any) -> Any:
             scene.edit()
             return super().__call__(*arguments, **options)

@@ -299,7 +299,12 @@ def test_what_changes_in_every_step_is_no_condition(monkeypatch: pytest.MonkeyPa
     twin.mid_block.register_forward_pre_hook(lambda module, given: shapes.append(given[0].shape))
     checked: list[object] = []
     choose = fused.choose
-    monkeypatch.setattr(fused, "choose", lambda *problem: checked.append(problem) or choose(*problem))
+
+    def seen(*problem: Any) -> Any:
+        checked.append(problem)
+        return choose(*problem)
+
+    monkeypatch.setattr(fused, "choose", seen)
     ipa_kernels.enable(unet, impl="eager")
     loop = Loop(unet)
     with torch.no_grad():

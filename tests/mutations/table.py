@@ -316,7 +316,7 @@ LAYERS = [
     ),
     Mutation(
         "what changes while a layer's first call computes is not noticed",
-        FUSED, "is_same = keeps.guard.check() and call.matches(hidden_states, states, masks, processor.scale)", "is_same = True",
+        FUSED, "keeps.guard.check() and call.matches(hidden_states, states, masks, processor.scale)", "True",
         f"{OF_CALL}test_a_write_while_the_first_call_computes[scale]",
     ),
 ]  # fmt: skip
@@ -332,7 +332,7 @@ OPEN = [
         "functions that are replaced are not looked at in an open step",
         FUSED,
         "if not guard.check() or is_anything_replaced(ours(processor).replaces, attn, masked):", "if not guard.check():",
-        f"{OF_CALL}test_what_changes_is_seen[unmasked-functional.scaled_dot_product_attention]",
+        f"{OF_CALL}test_what_changes_is_seen[unmasked-torch.nn.functional.scaled_dot_product_attention]",
     ),
     Mutation(
         "settings are not looked at in an open step",
