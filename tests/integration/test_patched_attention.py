@@ -30,7 +30,7 @@ MASKED = Control(masks=lambda n, rows: [binary(seed=i) for i in range(n)])
 def on_a_gpu() -> Iterator[None]:
     """`impl="auto"` is the kernel, as on a GPU, in Triton's interpreter."""
     with pytest.MonkeyPatch.context() as patching:
-        for name in ("integration.processors.unet", "ops.api"):
+        for name in ("integration.processors.unet", "ops.dispatch"):
             patching.setattr(importlib.import_module(f"ipa_kernels.{name}"), "automatic_reasons", lambda device, dtype: [])
         yield
 
