@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..integration.api import enable, explain, unet_of
-from ..integration.model_guards import ModelGuard, hooked, replaced
 from ..ops import UnsupportedError
 from ..report import GraphReport, Report
 from .unet_call import Call, is_tensor
 
 if TYPE_CHECKING:
     from ..integration.hooks import ModelState
+    from ..integration.model_guards import ModelGuard
     from ..integration.static_storage import StaticStorage
 
 GRAPHS = 8
@@ -78,7 +78,7 @@ class Captured(NamedTuple):
     replay: Callable[[], None]
     inputs: list[Tensor]
     outputs: Any
-    guard: ModelGuard
+    guard: "ModelGuard"
     static: "StaticStorage | None"
     tables: list[Tensor]
 
@@ -94,7 +94,7 @@ class Failed(NamedTuple):
     """A shape that could not be captured, why, and of which UNet: while that is as it was, it is not tried again."""
 
     reason: str
-    guard: ModelGuard
+    guard: "ModelGuard"
 
 
 class GraphPool(NamedTuple):
@@ -195,6 +195,8 @@ class Graphs:
 
     def _capture(self, key: Hashable, call: Call, leaves: list[Any], structure: Any) -> Any:
         """The second step of a shape."""
+        from ..integration.model_guards import ModelGuard, hooked, replaced
+
         place = hooked(call.unet)
         if place is not None:
             self.reason = f"hooks on {place}: a replay would not run them; remove them"
@@ -240,6 +242,8 @@ class Graphs:
         return pytree.tree_map_only(Tensor, torch.clone, entry.outputs)
 
     def _fail(self, key: Hashable, call: Call, error: Exception) -> Any:
+        from ..integration.model_guards import ModelGuard
+
         self.reason = f"the step cannot be captured: {error}; clear_cache(pipe) has it tried again"
         self._entries[key] = Failed(self.reason, ModelGuard(call.unet))
         return call.run()
@@ -260,7 +264,6 @@ def capture(run: Callable[[], Any], device: torch.device, pool: GraphPool) -> tu
 
 
 def _replaced_function(call: Call) -> str | None:
-    # it needs diffusers
     from ..integration.replaced import replaced_function
 
     return replaced_function(call.masks is not None)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .known_modules import attributes_of, is_known, kinds_called, runs_own_functions, settings_of, stock_kind, tensors_of
+from .known_modules import attributes_of, is_known, runs_own_functions, settings_of, stock_kind, tensors_of
 
 
 class TensorGuard:
@@ -135,7 +135,9 @@ class ModuleGuard:
             self.doubt = doubt_of(module)
             if self.doubt:
                 break
-            self.kinds.update(kinds_called(module))
+            self.kinds.add(type(module))
+            if "processor" in vars(module):
+                self.kinds.add(type(module.processor))
             self.parts.append(_Part(module, attributes_of(module)))
         self.valid = not self.doubt
 

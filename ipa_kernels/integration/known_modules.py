@@ -66,12 +66,6 @@ def replaced_functions(kind: type) -> Iterator[str]:
     yield from (str(part) for part in _CALLED.get(kind, ()) if part.is_replaced())
 
 
-def kinds_called(module: Any) -> tuple[type, ...]:
-    """The classes whose functions a call of a module runs, without those of its children."""
-    kind = type(module)
-    return (kind, type(module.processor)) if kind is attention_processor.Attention else (kind,)
-
-
 def runs_own_functions(kind: type) -> bool:
     """Whether a class, or the one that it stands in for, runs its packages' own functions."""
     return next(replaced_functions(stock_kind(kind)), None) is None

@@ -98,6 +98,7 @@ def suspended() -> Iterator[None]:
 def keeper(device_type: str) -> Keeper | None:
     """Of the step that runs in this thread, for what is computed on such devices; None where nothing is kept."""
     step = None if torch.compiler.is_compiling() else THREAD.step
-    if step is None or step.entry is None:
+    # torch runs no hooks for a KeyboardInterrupt
+    if step is None or step.entry is None or not step.is_running:
         return None
     return Keeper(step.context.conditioning, step.entry, modes_of(device_type), step.is_closed)

@@ -26,6 +26,7 @@ from ..helpers.generate import generate
 from ..helpers.pipelines import build
 
 OP = sys.modules["ipa_kernels.ops.api"]
+WEIGHTS = sys.modules["ipa_kernels.ops.weights"]
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter: a machine without a GPU")
 
 
@@ -121,13 +122,13 @@ def test_the_interpreter_is_given_small_cases(verified: Any) -> None:
 
 def test_a_wrong_kernel_is_found(verified: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scales that are 0.4 % too large, where the kernel has any."""
-    scales = OP.scales_for_kernel
+    scales = WEIGHTS.scales_for_kernel
 
     def wrong(problem: Any) -> Any:
         found = scales(problem)
         return found if found is None else found * 1.004
 
-    monkeypatch.setattr(OP, "scales_for_kernel", wrong)
+    monkeypatch.setattr(WEIGHTS, "scales_for_kernel", wrong)
     names = ["sdxl_1024_64x64_text_only", "sdxl_1024_32x32"]
     code, printed = verified("--quick", "--device", device, "--dtype", "float16", "--case", *names)
     assert code == 1
@@ -146,13 +147,13 @@ def first_row(found: torch.Tensor) -> torch.Tensor:
 def test_a_kernel_that_reads_the_first_row_for_all_is_found(
     what: str, verified: Any, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = getattr(OP, what)
+    made = getattr(WEIGHTS, what)
 
     def wrong(problem: Any) -> Any:
         found = made(problem)
         return first_row(found) if isinstance(found, torch.Tensor) else tuple(map(first_row, found))
 
-    monkeypatch.setattr(OP, what, wrong)
+    monkeypatch.setattr(WEIGHTS, what, wrong)
     names = ["sdxl_1024_64x64_three_masked", "sdxl_1024_64x64_two_by_row"]
     code, printed = verified("--quick", "--device", device, "--dtype", "float16", "--case", *names)
     assert code == 1
@@ -352,6 +353,8 @@ def test_wrong_layers_of_a_pipeline_are_named_and_the_others_go_on(
         return step, call
 
     monkeypatch.setattr(fused, "_prepared", wrong)
+    # it is one frame lower than without this test
+    monkeypatch.setattr(fused, "_is_below", lambda frame, depth: True)
     monkeypatch.setattr(verify_layers, "STEPS", 2)
     found = {name: finding for name, finding in small_run(device).items() if not finding.passed}
     assert list(found) == [stale, raising]

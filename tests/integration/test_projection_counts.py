@@ -216,9 +216,7 @@ def checked(case: Case, impl: str) -> None:
         torch.testing.assert_close(found, stock, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, id=name) for name, case in CASES.items()]
-)  # fmt: skip
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
 def test_each_projection_is_computed_once_for_each_input(case: Case) -> None:
     checked(case, "eager")
 
