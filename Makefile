@@ -13,7 +13,7 @@ else
 GPU_PYTHON := $(PYTHON)
 endif
 
-.PHONY: help setup demo test test-slow test-gpu matrix gpu check format bench bench-micro compile-report clean
+.PHONY: help setup demo test test-slow test-gpu mutations matrix gpu check format bench bench-micro compile-report clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -42,6 +42,9 @@ test-slow: $(READY) ## run the tests that take minutes each
 test-gpu: $(READY) ## run the gpu-marked tests, and the kernel's tests in every dtype
 	@$(BIN)/python -m pytest -m gpu
 	@$(BIN)/python -m pytest -m 'not gpu' tests/kernels/test_forward.py
+
+mutations: $(READY) ## break the cache on purpose: each mutation turns a test red
+	@$(BIN)/python -m tests.mutations.run
 
 matrix: ## tests with other versions of torch, triton and diffusers; make matrix CORNER=oldest [TESTS=--all] [PYTHON=python3.12]
 	@test -n "$(CORNER)" || { echo "which corner? make matrix CORNER=oldest; docs/versions.md has them"; exit 2; }

@@ -55,6 +55,14 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
+def have_hooks(own: list[dict[str, Any]]) -> bool:
+    """Whether one of many modules, of which this is what `vars` returns, has hooks of torch."""
+    return any(map(_HOOKS, own)) or any(map(_PRE_HOOKS, own))
+
+
+_HOOKS, _PRE_HOOKS = operator.itemgetter("_forward_hooks"), operator.itemgetter("_forward_pre_hooks")
+
+
 def doubt_of(module: Any) -> str:
     """Why what a module computes may depend on more than its guard sees; "" where it does not."""
     kind = stock_kind(type(module))
@@ -110,13 +118,16 @@ class _Part:
 
 
 class ModuleGuard:
-    """A projection as it was, with the modules in it. doubt: why what it computes cannot be kept, "" where it can."""
+    """A projection as it was, with the modules in it.
 
-    __slots__ = ("_kinds", "doubt", "parts", "valid")
+    doubt: why what it computes cannot be kept, "" where it can; kinds: the classes whose functions it runs.
+    """
+
+    __slots__ = ("doubt", "kinds", "parts", "valid")
 
     def __init__(self, root: Any) -> None:
         self.parts: list[_Part] = []
-        self._kinds: set[type] = set()
+        self.kinds: set[type] = set()
         self.doubt = ""
         if not isinstance(root, nn.Module):
             self.doubt = f"{type(root).__name__}: no module, so that it may depend on anything"
@@ -124,9 +135,9 @@ class ModuleGuard:
             self.doubt = doubt_of(module)
             if self.doubt:
                 break
-            self._kinds.add(type(module))
+            self.kinds.add(type(module))
             if "processor" in vars(module):
-                self._kinds.add(type(module.processor))
+                self.kinds.add(type(module.processor))
             self.parts.append(_Part(module, attributes_of(module)))
         self.valid = not self.doubt
 
@@ -141,7 +152,7 @@ class ModuleGuard:
 
     def verified(self) -> "ModuleGuard":
         """Itself; one that is in doubt where a class runs a function that is not torch's or diffusers' own."""
-        return self if self.doubt or all(map(runs_own_functions, self._kinds)) else ModuleGuard(self.module)
+        return self if self.doubt or all(map(runs_own_functions, self.kinds)) else ModuleGuard(self.module)
 
     @property
     def module(self) -> Any:
@@ -219,21 +230,21 @@ class LayersGuard:
     """The guards of all layers of a UNet, column by column: what they look at, in a fraction of the time.
 
     It is for a `StructureGuard` that matches, which knows the modules of the UNet itself. Here are the modules of the adapters,
-    and of both the weights and the settings. is_pure: whether no projection is in doubt.
+    and of both the weights and the settings.
     """
 
     def __init__(self, layers: list[LayerGuard], others: list[ModuleGuard]) -> None:
         self._guards: list[LayerGuard | ModuleGuard] = [*layers, *others]
-        self.is_pure = all(guard.is_pure for guard in layers) and not any(guard.doubt for guard in others)
+        self._is_pure = all(guard.is_pure for guard in layers) and not any(guard.doubt for guard in others)
         self._attentions = [guard.attention for guard in layers]
         self._settings = [value for guard in layers for value in guard.settings]
         self._processors = [guard.processor for guard in layers]
         self._kinds = [guard.kind for guard in layers]
         # as `_in_place` finds them
         self._adapters = [pair[side] for guard in layers for side in (0, 1) for pair in guard.images]
-        parts = [
-            part for guard in (*chain.from_iterable(layer.projections() for layer in layers), *others) for part in guard.parts
-        ]
+        modules = [*chain.from_iterable(layer.projections() for layer in layers), *others]
+        self._called: set[type] = set().union(*(guard.kinds for guard in modules))
+        parts = [part for guard in modules for part in guard.parts]
         linear = [part for part in parts if part.is_linear]
         self._linear = [part.module for part in linear]
         self._sizes = [len(vars(part.module())) for part in linear]
@@ -251,6 +262,10 @@ class LayersGuard:
         except (AttributeError, KeyError):
             # a module is gone
             return False
+
+    def are_pure(self) -> bool:
+        """Whether no projection is in doubt, or runs a function that is not torch's or diffusers' own by now."""
+        return self._is_pure and all(map(runs_own_functions, self._called))
 
     def _match_layers(self) -> bool:
         now = [settings_of(attention()) for attention in self._attentions]
@@ -274,7 +289,7 @@ class LayersGuard:
         own = [module.__dict__ for module in modules]
         if list(map(len, own)) != self._sizes or any(type(module) is not nn.Linear for module in modules):
             return False
-        if any(attributes["_forward_hooks"] or attributes["_forward_pre_hooks"] for attributes in own):
+        if have_hooks(own):
             return False
         parameters = [attributes["_parameters"] for attributes in own]
         weights = [tensors["weight"] for tensors in parameters]

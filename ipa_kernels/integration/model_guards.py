@@ -10,9 +10,8 @@ from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from .guards import is_hooked
+from .guards import have_hooks, is_hooked
 from .provenance import AND_EXTRAS, is_own, runs_own
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
@@ -55,22 +54,15 @@ class StructureGuard:
         }
         bases = {base for kind in {type(unet), *called} for base in kind.__mro__ if _package(base) not in _STANDARD}
         self._classes = [(vars(base), list(vars(base).values())) for base in bases]
-        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._hooks_made = RemovableHandle.next_id
         self.foreign, self._is_foreign = self._find(unet, bases, called)
 
     def matches(self, unet: nn.Module) -> bool:
-        """Whether all of that is the same. Not seen is a dict of hooks that was put in the place of a module's own by hand."""
-        if self.foreign:
-            if not self._is_foreign(unet):
-                return False
-        elif _has_hooks(unet) or any(self._hooks):
+        """Whether all of that is the same."""
+        if self.foreign and not self._is_foreign(unet):
             return False
-        elif RemovableHandle.next_id != self._hooks_made:
-            # some module has a new hook, perhaps one of another model; the dict may be another than it was
-            if any(map(is_hooked, self._modules)):
-                return False
-            self._hooks_made = RemovableHandle.next_id
+        # every time: hooks that are put there by hand have no handles to count
+        if not self.foreign and (_has_hooks(unet) or have_hooks(self._own)):
+            return False
         if [*map(len, self._own), len(vars(unet))] != self._sizes or list(map(type, self._modules)) != self._kinds:
             return False
         if self._trees != self._children or not all(children.match() for children in self._mixed):

@@ -54,5 +54,4 @@ class UNetGuard:
                 if layer is not None:
                     guards.append(layer_guard(layer.guards, attention, attention.processor))
             self._layers = LayersGuard(guards, [context.guard(module) for module in image_projection.of(unet)])
-        # of the classes of the adapters' own modules nothing is known from the structure
-        return self._layers.is_pure and not any(context.guard(module).verified().doubt for module in image_projection.of(unet))
+        return self._layers.are_pure()

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import ipa_kernels
+from ipa_kernels.integration.conditioning_cache import ConditioningCache
+from ipa_kernels.integration.processors import fused
 from ipa_kernels.testing import tiny_pipelines
 
 from ..helpers.adapters import seeded
@@ -35,11 +37,11 @@ class Loop:
         self.images = self.draw(2, 1, tiny_pipelines.IMAGE_EMBED_DIM)
         self.masks = [binary()]
 
-    def step(self, timestep: Any) -> Tensor:
+    def step(self, timestep: Any, **options: Any) -> Tensor:
         sample = self.draw(2, 4, 8, 8)
         found: Tensor = self.unet(
             sample, timestep, self.text, added_cond_kwargs={"image_embeds": [self.images]},
-            cross_attention_kwargs={"ip_adapter_masks": self.masks},
+            cross_attention_kwargs={"ip_adapter_masks": self.masks}, **options,
         ).sample  # fmt: skip
         return found
 
@@ -288,3 +290,74 @@ def test_a_second_generation_from_the_same_tensors_is_no_reason() -> None:
         for _ in range(2):
             list(numbers(loop))
     assert ipa_kernels.explain(unet).cache_reason == ""
+
+
+def test_what_changes_in_every_step_is_no_condition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Residuals of a ControlNet, the timestep: each layer checks everything once, and finds what it ran in later steps."""
+    unet, twin = build("bare-unet", ("base",)).unet, build("bare-unet", ("base",)).unet
+    shapes: list[torch.Size] = []
+    twin.mid_block.register_forward_pre_hook(lambda module, given: shapes.append(given[0].shape))
+    checked: list[object] = []
+    choose = fused.choose
+
+    def seen(*problem: Any) -> Any:
+        checked.append(problem)
+        return choose(*problem)
+
+    monkeypatch.setattr(fused, "choose", seen)
+    ipa_kernels.enable(unet, impl="eager")
+    loop = Loop(unet)
+    with torch.no_grad():
+        Loop(twin).step(900)
+        for time in TIMES:
+            residual = loop.draw(*shapes[0])
+            loop.step(torch.full((2,), time), mid_block_additional_residual=residual)
+    assert len(checked) == len(ipa_kernels.explain(unet).layers)
+
+
+@pytest.mark.parametrize(("steps", "is_kept"), [(16, True), (17, False)])
+def test_a_condition_that_many_steps_did_not_have(steps: int, is_kept: bool) -> None:
+    """It is dropped when a new one comes, though its prompt lives on."""
+    unet = build("bare-unet", ("base",)).unet
+    loop = Loop(unet)
+    ipa_kernels.enable(unet, impl="eager")
+    first, second, third = (loop.draw(2, 77, tiny_pipelines.CROSS_ATTENTION_DIM) for _ in range(3))
+    with torch.no_grad():
+        for loop.text in (first, *(second for _ in range(steps - 1)), third):
+            loop.step(5)
+        before = ipa_kernels.explain(unet).cache.misses
+        loop.text = first
+        loop.step(5)
+    report = ipa_kernels.explain(unet)
+    assert report.cache.misses - before == (0 if is_kept else len(report.layers))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_step_within_a_transform_of_torch_func_keeps_nothing() -> None:
+    """What is computed there is of that transform."""
+    unet = build("bare-unet", ("base",)).unet
+    loop = Loop(unet)
+    samples = loop.draw(3, 2, 4, 8, 8)
+
+    def step(sample: Tensor) -> Tensor:
+        found: Tensor = unet(sample, 5, loop.text, added_cond_kwargs={"image_embeds": [loop.images]}).sample
+        return found
+
+    with torch.no_grad():
+        expected = torch.func.vmap(step)(samples)
+        ipa_kernels.enable(unet, impl="eager")
+        assert torch.equal(torch.func.vmap(step)(samples), expected)
+        report = ipa_kernels.explain(unet)
+        assert report.cache == (0, 0, 0)
+        assert "torch.func" in report.cache_reason
+
+
+def test_nothing_is_kept_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By anyone's code; ours says so to itself."""
+    cache, text = ConditioningCache(), torch.zeros(2)
+    with torch.no_grad():
+        assert cache.open([text], ()) is not None
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert cache.open([text], ()) is None
+    assert "CUDA graph" in cache.reason

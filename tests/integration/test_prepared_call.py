@@ -280,6 +280,25 @@ def test_what_is_edited_is_seen(edit: Callable[[Bench], object], bench: Bench) -
     assert torch.equal(bench(), bench.stock())
 
 
+def test_a_call_is_of_one_kind_shape_dtype_and_device(bench: Bench) -> None:
+    """Whatever the query that is computed from it looks like."""
+    call, hidden = bench.ready, bench.hidden
+    inputs = (bench.text, bench.images), bench.options.get("ip_adapter_masks"), bench.processor.scale
+    assert call.matches(torch.randn_like(hidden), *inputs)
+    for other in (hidden[:, :16], hidden.double(), hidden.to("meta"), nn.Parameter(hidden), None):
+        assert not call.matches(other, *inputs)
+
+
+@pytest.mark.parametrize("other", [1, True, np.float64(1.0), torch.tensor(1.0)], ids=lambda other: type(other).__name__)
+def test_scales_are_told_apart_by_type(other: Any, bench: Bench) -> None:
+    """Stock multiplies by each in its own way."""
+    bench.processor.scale[0] = 1.0
+    bench()
+    call, states, masks = bench.ready, (bench.text, bench.images), bench.options.get("ip_adapter_masks")
+    assert call.matches(bench.hidden, states, masks, [1.0, 0.8])
+    assert not call.matches(bench.hidden, states, masks, [other, 0.8])
+
+
 @pytest.mark.parametrize("bench", [True], indirect=True, ids=["masked"])
 def test_scales_per_image(bench: Bench) -> None:
     bench.processor.scale[1] = [0.5, 0.25]

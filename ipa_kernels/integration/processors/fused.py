@@ -205,7 +205,7 @@ def _project_out(attn: Any, out: Tensor) -> Tensor:
 
 def _project_out_closed(attn: Any, out: Tensor) -> Tensor:
     """In a closed step, where nobody sees whether a dropout that does nothing is called."""
-    linear, dropout, *_ = attn.to_out._modules.values()
+    linear, dropout, *_ = attn.to_out
     out = linear(out)
     return out if type(dropout) is nn.Dropout and not (dropout.p and dropout.training) else dropout(out)
 
