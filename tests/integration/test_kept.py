@@ -26,11 +26,12 @@ TIMES = (900, 600, 300)
 
 @dataclass
 class Loop:
-    """A loop around a bare UNet. mode: what it runs in."""
+    """A loop around a bare UNet. mode: what it runs in; lora_scale: of all LoRAs."""
 
     unet: Any
     mode: Callable[[], AbstractContextManager[object]] = torch.no_grad
     draw: Callable[..., Tensor] = field(default_factory=lambda: seeded(2))
+    lora_scale: float = 1.0
 
     def __post_init__(self) -> None:
         self.text = self.draw(2, 77, tiny_pipelines.CROSS_ATTENTION_DIM)
@@ -39,9 +40,10 @@ class Loop:
 
     def step(self, timestep: Any, **options: Any) -> Tensor:
         sample = self.draw(2, 4, 8, 8)
+        scale = {} if self.lora_scale == 1 else {"scale": self.lora_scale}
         found: Tensor = self.unet(
             sample, timestep, self.text, added_cond_kwargs={"image_embeds": [self.images]},
-            cross_attention_kwargs={"ip_adapter_masks": self.masks}, **options,
+            cross_attention_kwargs={"ip_adapter_masks": self.masks, **scale}, **options,
         ).sample  # fmt: skip
         return found
 
@@ -313,6 +315,19 @@ def test_what_changes_in_every_step_is_no_condition(monkeypatch: pytest.MonkeyPa
             residual = loop.draw(*shapes[0])
             loop.step(torch.full((2,), time), mid_block_additional_residual=residual)
     assert len(checked) == len(ipa_kernels.explain(unet).layers)
+
+
+def test_the_scale_of_loras_is_of_the_condition() -> None:
+    """Nothing is shared between two: their weights are scaled within the UNet's forward, after it was looked at."""
+    unet = build("bare-unet", ("base",)).unet
+    loop = Loop(unet)
+    ipa_kernels.enable(unet, impl="eager")
+    misses = []
+    with torch.no_grad():
+        for loop.lora_scale in (1.0, 1.0, 0.25, 0.25, 1.0, 0.25):
+            loop.step(5)
+            misses.append(ipa_kernels.explain(unet).cache.misses)
+    assert misses == [misses[0]] * 2 + [2 * misses[0]] * 4
 
 
 @pytest.mark.parametrize(("steps", "is_kept"), [(16, True), (17, False)])

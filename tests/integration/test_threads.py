@@ -192,6 +192,32 @@ def test_a_weight_that_another_thread_edits_while_a_value_is_computed(name: str,
     assert all(map(torch.equal, drawn(unet), drawn(twin)))
 
 
+def test_a_weight_that_is_put_back_after_a_value_was_computed_with_another() -> None:
+    """Before anyone looks again: what was computed with the other does not answer for it."""
+
+    def drawn(unet: Any) -> list[Tensor]:
+        module = unet.get_submodule(f"{LAYER}.to_v")
+        own, other = module.weight, nn.Parameter(-module.weight.detach())
+        exchanged: list[str] = []
+
+        def exchange(name: str) -> None:
+            is_first = name.endswith("to_k")
+            if exchanged == ([] if is_first else [f"{LAYER}.to_k"]):
+                module.weight = other if is_first else own
+                exchanged.append(name)
+
+        prompt = Prompt(3)
+        pictures = [prompt.sample]
+        for timestep in TIMES:
+            with AtLayers(unet, {f"{LAYER}.to_k", f"{LAYER}.processor.to_k_ip.0"}, before=exchange):
+                pictures.append(prompt.step(unet, pictures[-1], timestep))
+        assert len(exchanged) == 2
+        return pictures
+
+    unet, twin = unets()
+    assert all(map(torch.equal, drawn(unet), drawn(twin)))
+
+
 def pipes(how: Callable[..., None] | None, backend: Callable[..., Any]) -> tuple[Any, Any, Any]:
     """Two prepared pipelines on one UNet, compiled or not, and a stock twin."""
     pipe, twin = build("sd", NAMES), build("sd", NAMES)

@@ -84,8 +84,7 @@ VALUES = [
     Mutation(
         "a value is kept although its weights changed while it was computed",
         CACHE, "elif all(guard.check() for guard in guards):", "else:",
-        f"{OF_THREADS}test_a_weight_that_another_thread_edits_while_a_value_is_computed"
-        "[mid_block.attentions.0.transformer_blocks.0.attn2.to_v-after]",
+        f"{OF_THREADS}test_a_weight_that_is_put_back_after_a_value_was_computed_with_another",
     ),
     Mutation(
         "a value is found whatever computed it",
@@ -129,6 +128,11 @@ CONDITIONS = [
     Mutation(
         "the scale of LoRAs is not in the condition",
         HOOKS, "(step.modes, stream, step.lora_scale)", "(step.modes, stream)",
+        f"{OF_KEPT}test_the_scale_of_loras_is_of_the_condition",
+    ),
+    Mutation(
+        "a step that scales LoRAs is closed",
+        HOOKS, " and step.lora_scale == 1", "",
         f"{OF_CACHE}test_loras[base]",
     ),
     Mutation(
