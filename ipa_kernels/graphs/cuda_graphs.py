@@ -82,9 +82,9 @@ class Captured(NamedTuple):
     static: "StaticStorage | None"
     tables: list[Tensor]
 
-    def addresses_are_still(self, state: "ModelState") -> bool:
+    def addresses_match(self, state: "ModelState") -> bool:
         """Whether all that it reads is where it was."""
-        if self.static is not state.static or not self.guard.addresses_are_still():
+        if self.static is not state.static or not self.guard.addresses_match():
             return False
         now = _tables(state)
         return len(now) == len(self.tables) and all(map(operator.is_, now, self.tables))
@@ -152,7 +152,7 @@ class Graphs:
             return call.run()
         entry = self._entries.get(key)
         if isinstance(entry, Failed):
-            if entry.guard.addresses_are_still() and entry.guard.matches():
+            if entry.guard.addresses_match() and entry.guard.matches():
                 self.reason = entry.reason
                 return call.run()
             del self._entries[key]
@@ -226,7 +226,7 @@ class Graphs:
 
     def _replay(self, key: Hashable, entry: Captured, call: Call, leaves: list[Any]) -> Any:
         """Any other step."""
-        if not entry.addresses_are_still(call.state):
+        if not entry.addresses_match(call.state):
             del self._entries[key]
             self.reason = "weights, modules or static storage have changed since the graph was captured: it is captured anew"
             return self._warm_up(key, call)

@@ -182,7 +182,7 @@ class ModelState:
         static = self.static
         if static is None:
             return self.unread or "no static storage was made when the generation began"
-        return static.fit(inputs, anew=step.entry is None)
+        return static.refresh(inputs, anew=step.entry is None)
 
     def _write_scales(self, step: dict[str, Any]) -> None:
         """Bring the tables of scales up to date, for the masks of this step: graphs read them, eager layers do not."""

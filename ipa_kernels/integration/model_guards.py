@@ -195,7 +195,7 @@ class ModelGuard:
                 if value:
                     self._equal.append((value, _copy(value)))
 
-    def addresses_are_still(self) -> bool:
+    def addresses_match(self) -> bool:
         """Whether the modules and the tensors are the same, and where they were."""
         if any(modules != known for modules, known in self._modules):
             return False

@@ -128,7 +128,7 @@ class StaticStorage:
             attention.processor is processor and layer_of(processor) is layer for attention, processor, layer in self._layers
         )
 
-    def fit(self, inputs: StepInputs, anew: bool) -> str:
+    def refresh(self, inputs: StepInputs, anew: bool) -> str:
         """Have them hold what the step that begins was given. "" where it may read them, else why not.
 
         anew: compute everything again, whatever is known.

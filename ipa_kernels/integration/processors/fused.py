@@ -44,7 +44,7 @@ class Fused(Installed):
     to_v_ip: nn.ModuleList
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """A copy or a pickle of a processor is a stock one; a UNet that is enabled takes it over on its next step."""
+        """A copy or a pickle of a processor is a stock one; an enabled UNet installs it again in its next step."""
         state = {name: value for name, value in vars(self).items() if name != "_ipa_layer"}
         return object.__new__, (ours(self).replaces,), state
 
