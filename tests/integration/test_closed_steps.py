@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
@@ -43,6 +44,7 @@ class Scene:
         self.masks: list[Tensor] | None = None
         self.time = 900
         self.handles: list[Any] = []
+        self.kept: Any = None
 
     @torch.no_grad()
     def step(self) -> Tensor:
@@ -194,7 +196,8 @@ def a_processor_of_ones_own(scene: Scene) -> None:
 INTRUDERS: list[Change] = [
     a_hook, a_pre_hook, a_hook_on_an_activation, a_hook_on_the_attention, a_hook_on_every_module, a_hook_on_the_unet,
     a_hook_put_in_by_hand, hooks_replaced, a_forward_of_its_own, a_forward_of_the_unet, patched(ResnetBlock2D, "forward"),
-    patched(FeedForward, "forward"), patched(AttnProcessor2_0, "__call__"), a_subclass, a_module_of_ones_own,
+    patched(FeedForward, "forward"), patched(AttnProcessor2_0, "__call__"),
+    patched(UNet2DConditionModel, "get_time_embed"), a_subclass, a_module_of_ones_own,
     what_call_module_calls, a_processor_of_ones_own,
 ]  # fmt: skip
 
@@ -250,6 +253,12 @@ def to_v_ip_exchanged(scene: Scene) -> None:
     processor.to_v_ip[0] = nn.Linear(tiny_pipelines.CROSS_ATTENTION_DIM, scene.attention.inner_dim, bias=False)
 
 
+def to_v_ip_exchanged_and_kept(scene: Scene) -> None:
+    """By the user: that it is gone tells nobody."""
+    scene.kept = scene.attention.processor.to_v_ip[0]
+    to_v_ip_exchanged(scene)
+
+
 def all_of_to_k_ip_exchanged(scene: Scene) -> None:
     torch.manual_seed(7)
     keys = nn.Linear(tiny_pipelines.CROSS_ATTENTION_DIM, scene.attention.inner_dim, bias=False)
@@ -277,6 +286,11 @@ def a_weight_written_to(scene: Scene) -> None:
 def a_weight_of_the_image_projection_written_to(scene: Scene) -> None:
     with torch.no_grad():
         scene.unet.encoder_hid_proj.image_projection_layers[0].image_embeds.weight.mul_(2)
+
+
+def a_norm_of_the_image_projection_written_to(scene: Scene) -> None:
+    with torch.no_grad():
+        scene.unet.encoder_hid_proj.image_projection_layers[0].norm.weight[3] = 5
 
 
 def the_image_projection_exchanged(scene: Scene) -> None:
@@ -358,9 +372,11 @@ def everything_through_bfloat16(scene: Scene) -> None:
 
 CHANGES: list[Change] = [
     the_processors_replaced, one_processor_taken_from_another_unet, heads, heads_of_another_kind, the_output_factor,
-    a_residual_connection, to_k_exchanged, to_q_exchanged, to_v_ip_exchanged, all_of_to_k_ip_exchanged, a_bias,
-    a_weight_exchanged, data_of_a_weight_exchanged, a_weight_written_to, a_weight_of_the_image_projection_written_to,
-    the_image_projection_exchanged, a_scale_in_place, a_scale_of_another_kind, the_list_of_scales, a_list_of_plain_modules,
+    a_residual_connection, to_k_exchanged, to_q_exchanged, to_v_ip_exchanged, to_v_ip_exchanged_and_kept,
+    all_of_to_k_ip_exchanged, a_bias,
+    a_weight_exchanged, data_of_a_weight_exchanged, a_weight_written_to,
+    a_weight_of_the_image_projection_written_to, a_norm_of_the_image_projection_written_to, the_image_projection_exchanged,
+    a_scale_in_place, a_scale_of_another_kind, the_list_of_scales, a_list_of_plain_modules,
     to_out_written_to, dropout_exchanged, a_plain_list_in_the_place_of_to_out, a_hook_on_to_k_by_hand,
     a_hook_on_to_v_ip_by_hand, text_written_to, images_written_to, masks, autocast, everything_through_bfloat16,
     # of all layers at once

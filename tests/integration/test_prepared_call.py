@@ -18,6 +18,7 @@ from ipa_kernels.integration.processors import fused, unet
 from ipa_kernels.integration.state import ModelContext
 from ipa_kernels.kernels.launch import Launch
 
+from ..helpers.spies import AtLayers
 from ..helpers.steady import no_collection
 
 
@@ -372,6 +373,22 @@ def test_a_write_while_the_first_call_computes(what: str, monkeypatch: pytest.Mo
     with torch.no_grad():
         bench()
         for _ in range(3):
+            assert torch.equal(bench(), bench.stock())
+    running_step.leave(bench.step)
+
+
+def test_a_scale_that_is_put_back_after_the_first_call() -> None:
+    """By another thread, before anyone compares again: what was computed with the one does not answer for the other."""
+    bench = Bench()
+
+    def exchange(name: str) -> None:
+        bench.processor.scale[0] = 0.1
+
+    with torch.no_grad():
+        with AtLayers(bench.attention, {"to_q"}, before=exchange):
+            bench()
+        bench.processor.scale[0] = 0.6
+        for _ in range(2):
             assert torch.equal(bench(), bench.stock())
     running_step.leave(bench.step)
 

@@ -220,9 +220,9 @@ CLOSED = [
         f"{INTRUDER}[a_processor_of_ones_own]",
     ),
     Mutation(
-        "nn.Linear, patched, leaves a step closed",
+        "a patched method that a forward calls leaves a step closed",
         MODEL_GUARDS, "if type(function) is FunctionType and not is_own(function, _PACKAGES):", "if False:",
-        f"{BETWEEN}[Linear_forward]",
+        f"{INTRUDER}[UNet2DConditionModel_get_time_embed]",
     ),
     Mutation(
         "functions that layers call, replaced, leave a step closed",
@@ -247,7 +247,7 @@ CLOSED = [
     Mutation(
         "modules of adapters are not looked at before a closed step",
         GUARDS, "return len(in_place) == len(self._adapters) and all(", "return True or all(",
-        f"{BETWEEN}[to_v_ip_exchanged]",
+        f"{BETWEEN}[to_v_ip_exchanged_and_kept]",
     ),
     Mutation(
         "a bias that comes is not noticed before a closed step",
@@ -257,7 +257,7 @@ CLOSED = [
     Mutation(
         "what is no linear layer is not looked at before a closed step",
         GUARDS, " and all(part.matches() for part in self._others)", "",
-        f"{BETWEEN}[the_image_projection_exchanged]",
+        f"{BETWEEN}[a_norm_of_the_image_projection_written_to]",
     ),
 ]  # fmt: skip
 
@@ -321,7 +321,7 @@ LAYERS = [
     Mutation(
         "what changes while a layer's first call computes is not noticed",
         FUSED, "keeps.guard.check() and call.matches(hidden_states, states, masks, processor.scale)", "True",
-        f"{OF_CALL}test_a_write_while_the_first_call_computes[scale]",
+        f"{OF_CALL}test_a_scale_that_is_put_back_after_the_first_call",
     ),
 ]  # fmt: skip
 
@@ -336,7 +336,7 @@ OPEN = [
         "functions that are replaced are not looked at in an open step",
         FUSED,
         "if not guard.check() or is_anything_replaced(ours(processor).replaces, attn, masked):", "if not guard.check():",
-        f"{OF_CALL}test_what_changes_is_seen[unmasked-torch.nn.functional.scaled_dot_product_attention]",
+        f"{OF_CALL}test_what_changes_is_seen[unmasked-Linear.forward]",
     ),
     Mutation(
         "settings are not looked at in an open step",
