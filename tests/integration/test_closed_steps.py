@@ -45,14 +45,15 @@ class Scene:
         self.time = 900
         self.handles: list[Any] = []
         self.kept: Any = None
+        self.options: dict[str, Any] = {}
 
     @torch.no_grad()
     def step(self) -> Tensor:
         self.time -= 10
-        attention = None if self.masks is None else {"ip_adapter_masks": self.masks}
+        attention = self.options if self.masks is None else self.options | {"ip_adapter_masks": self.masks}
         found: Tensor = self.unet(
             self.sample, self.time, self.text, added_cond_kwargs={"image_embeds": self.images},
-            cross_attention_kwargs=attention,
+            cross_attention_kwargs=dict(attention),
         ).sample  # fmt: skip
         return found
 
@@ -455,3 +456,14 @@ def test_a_function_replaced_between_two_closed_steps(closed: list[bool]) -> Non
 
     as_with_stock(change)
     assert closed == [True, True, False, False, False]
+
+
+def test_a_step_that_scales_loras_is_open(closed: list[bool]) -> None:
+    """Its forward scales their weights after they were looked at."""
+    with pytest.MonkeyPatch.context() as patches:
+        scene = Scene(patches)
+        ipa_kernels.enable(scene.unet, impl="eager")
+        for scale in (1, 1.0, 0.25, 1):
+            scene.options = {"scale": scale}
+            scene.step()
+    assert closed == [True, True, False, True]

@@ -336,6 +336,16 @@ def test_a_processor_in_two_attentions(bench: Bench) -> None:
             assert torch.equal(bench(), bench.stock())
 
 
+def test_two_processors_by_turns_in_one_attention(bench: Bench) -> None:
+    """As who perturbs attention puts another there and takes it back, in each step."""
+    other = IPAdapterAttnProcessor2_0(64, 48, [4, 4], [0.6, 0.8])
+    unet.install(other, "another", bench.context, [])
+    for _ in range(3):
+        for processor in (bench.processor, other):
+            bench.attention.set_processor(processor)
+            assert torch.equal(bench(), bench.stock())
+
+
 def test_another_impl_in_the_middle(bench: Bench) -> None:
     bench.context.impl = "auto"
     assert torch.equal(bench(), bench.stock())

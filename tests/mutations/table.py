@@ -133,7 +133,7 @@ CONDITIONS = [
     Mutation(
         "a step that scales LoRAs is closed",
         HOOKS, " and step.lora_scale == 1", "",
-        f"{OF_CACHE}test_loras[base]",
+        f"{OF_CLOSED}test_a_step_that_scales_loras_is_open",
     ),
     Mutation(
         "the CUDA stream is not in the condition",
@@ -257,7 +257,7 @@ CLOSED = [
     Mutation(
         "what is no linear layer is not looked at before a closed step",
         GUARDS, " and all(part.matches() for part in self._others)", "",
-        f"{BETWEEN}[a_norm_of_the_image_projection_written_to]",
+        f"{OF_CACHE}test_loras[base]",
     ),
 ]  # fmt: skip
 
@@ -304,9 +304,9 @@ LAYERS = [
         f"{OF_CALL}test_scales_are_told_apart_by_type[unmasked-int]",
     ),
     Mutation(
-        "a processor is taken to be in one attention alone",
-        FUSED, "guard = layer.guards.get(id(attn))", "guard = next(iter(layer.guards.values()), None)",
-        f"{OF_CALL}test_a_processor_in_two_attentions[unmasked]",
+        "a processor that was put in the place of another finds what that ran",
+        FUSED, "guard is None or call.guard is not guard or", "guard is None or",
+        f"{OF_CALL}test_two_processors_by_turns_in_one_attention[unmasked]",
     ),
     Mutation(
         "keys, values and masks that were written to are taken",
