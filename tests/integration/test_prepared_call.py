@@ -329,6 +329,14 @@ def test_gradients_in_the_middle(bench: Bench) -> None:
         assert torch.equal(out, bench.stock())
 
 
+def test_gradients_in_the_middle_reach_all_weights(bench: Bench) -> None:
+    """Kept keys and values have none."""
+    weights = bench.attention.to_k.weight, bench.processor.to_v_ip[1].weight
+    with torch.enable_grad():
+        found, expected = (torch.autograd.grad(run().square().sum(), weights) for run in (bench, bench.stock))
+    assert all(map(torch.equal, found, expected))
+
+
 def test_a_processor_in_two_attentions(bench: Bench) -> None:
     first, second = bench.attention, Attention(64, cross_attention_dim=48, heads=2, dim_head=32, processor=bench.processor)
     for _ in range(3):

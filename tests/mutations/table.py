@@ -346,11 +346,11 @@ OPEN = [
     Mutation(
         "modes are not looked at in an open step",
         FUSED, " and call.modes == modes_of(call.device.type)", "",
-        f"{OF_CALL}test_autocast_in_the_middle[unmasked]",
+        f"{OF_CALL}test_gradients_in_the_middle_reach_all_weights[unmasked]",
     ),
     Mutation(
         "a hook on to_q is not looked at in an open step",
-        FUSED, "(is_closed or not _is_hooked(attn.to_q))", "True",
+        FUSED, 'is_same = not _is_hooked(attn._modules.get("to_q")) and', "is_same =",
         f"{OF_CALL}test_what_changes_is_seen[unmasked-a_scale_set_while_to_q_runs]",
     ),
     Mutation(
@@ -365,12 +365,12 @@ NOTHING = [
     Mutation(
         "steps with gradients are kept",
         CACHE, "if torch.is_grad_enabled():", "if False:",
-        f"{OF_CACHE}test_gradients_and_inference_mode_are_not_remembered",
+        f"{OF_KEPT}test_the_report_says_why_values_are_not_kept[gradients]",
     ),
     Mutation(
         "steps that torch.jit traces are kept",
         CACHE, "traced = torch.jit.is_tracing()  # type: ignore[no-untyped-call]", "traced = False",
-        f"{OF_CACHE}test_a_recorded_step_holds_no_remembered_values",
+        f"{OF_KEPT}test_nothing_is_kept_of_what_is_recorded[traced]",
     ),
     Mutation(
         "steps within torch.func are kept",
@@ -387,7 +387,7 @@ NOTHING = [
     Mutation(
         "steps that are captured are kept",
         CACHE, "return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()", "return False",
-        f"{OF_KEPT}test_nothing_is_kept_while_a_graph_is_captured",
+        f"{OF_KEPT}test_nothing_is_kept_of_what_is_recorded[captured]",
     ),
     Mutation(
         "the report does not say what is not kept",
@@ -412,7 +412,7 @@ VERDICT = [
     Mutation(
         "threads share the step that runs",
         RUNNING, "class _Thread(threading.local):", "class _Thread:",
-        f"{OF_THREADS}test_steps_that_overlap_in_every_layer[nothing]",
+        f"{OF_THREADS}test_a_step_is_that_of_its_thread",
     ),
     Mutation(
         "a step that raises goes on",
