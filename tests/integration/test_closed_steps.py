@@ -399,10 +399,15 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return found
 
 
-def played(change: Change, *, enabled: bool) -> list[Tensor]:
-    """Pictures of two steps before a change, and of three after it."""
+def nothing(scene: Scene) -> None:
+    pass
+
+
+def played(change: Change, *, enabled: bool, setup: Change = nothing) -> list[Tensor]:
+    """Pictures of two steps before a change, and of three after it. setup: before all of them."""
     with pytest.MonkeyPatch.context() as patches:
         scene = Scene(patches)
+        setup(scene)
         if enabled:
             ipa_kernels.enable(scene.unet, impl="eager")
         try:
@@ -417,11 +422,11 @@ def played(change: Change, *, enabled: bool) -> list[Tensor]:
                 handle.remove()
 
 
-def as_with_stock(change: Change) -> None:
-    expected, unchanged = played(change, enabled=False), played(lambda scene: None, enabled=False)
+def as_with_stock(change: Change, setup: Change = nothing) -> None:
+    expected, unchanged = (played(one, enabled=False, setup=setup) for one in (change, nothing))
     assert torch.equal(expected[1], unchanged[1])
     assert not torch.equal(expected[2], unchanged[2]), "the change makes no difference, so that this proves nothing"
-    equal = list(map(torch.equal, played(change, enabled=True), expected))
+    equal = list(map(torch.equal, played(change, enabled=True, setup=setup), expected))
     assert equal == [True] * 5
 
 
@@ -435,6 +440,17 @@ def test_what_comes_between_two_steps_and_edits_weights_in_the_middle_of_one(cha
 def test_what_is_changed_between_two_closed_steps(change: Change, closed: list[bool]) -> None:
     as_with_stock(change)
     assert closed[:2] == [True, True]
+
+
+def test_a_bias_written_to_between_two_closed_steps(closed: list[bool]) -> None:
+    """Such a projection is looked at by itself."""
+
+    def write(scene: Scene) -> None:
+        with torch.no_grad():
+            scene.attention.to_v.bias.mul_(2)
+
+    as_with_stock(write, setup=a_bias)
+    assert closed == [True] * 5
 
 
 def test_a_step_is_closed_again_when_what_was_foreign_is_gone(closed: list[bool]) -> None:

@@ -255,9 +255,9 @@ CLOSED = [
         f"{BETWEEN}[a_bias]",
     ),
     Mutation(
-        "what is no linear layer is not looked at before a closed step",
+        "a projection with a bias is not looked at before a closed step",
         GUARDS, " and all(part.matches() for part in self._others)", "",
-        f"{OF_CACHE}test_loras[base]",
+        f"{OF_CLOSED}test_a_bias_written_to_between_two_closed_steps",
     ),
 ]  # fmt: skip
 
@@ -461,7 +461,7 @@ STATIC_STORAGE = [
     Mutation(
         "the lock of an interrupted step is held for ever",
         LOCK, "[frame for frame in self._held if is_running(frame, self._owner)]", "list(self._held)",
-        f"{OF_INTERRUPTS}test_another_thread_draws_after_an_interrupt",
+        f"{OF_INTERRUPTS}test_another_thread_clears_after_an_interrupt",
     ),
     Mutation(
         "eager steps write tables of scales",
