@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
@@ -43,14 +44,16 @@ class Scene:
         self.masks: list[Tensor] | None = None
         self.time = 900
         self.handles: list[Any] = []
+        self.kept: Any = None
+        self.options: dict[str, Any] = {}
 
     @torch.no_grad()
     def step(self) -> Tensor:
         self.time -= 10
-        attention = None if self.masks is None else {"ip_adapter_masks": self.masks}
+        attention = self.options if self.masks is None else self.options | {"ip_adapter_masks": self.masks}
         found: Tensor = self.unet(
             self.sample, self.time, self.text, added_cond_kwargs={"image_embeds": self.images},
-            cross_attention_kwargs=attention,
+            cross_attention_kwargs=dict(attention),
         ).sample  # fmt: skip
         return found
 
@@ -194,7 +197,8 @@ def a_processor_of_ones_own(scene: Scene) -> None:
 INTRUDERS: list[Change] = [
     a_hook, a_pre_hook, a_hook_on_an_activation, a_hook_on_the_attention, a_hook_on_every_module, a_hook_on_the_unet,
     a_hook_put_in_by_hand, hooks_replaced, a_forward_of_its_own, a_forward_of_the_unet, patched(ResnetBlock2D, "forward"),
-    patched(FeedForward, "forward"), patched(AttnProcessor2_0, "__call__"), a_subclass, a_module_of_ones_own,
+    patched(FeedForward, "forward"), patched(AttnProcessor2_0, "__call__"),
+    patched(UNet2DConditionModel, "get_time_embed"), a_subclass, a_module_of_ones_own,
     what_call_module_calls, a_processor_of_ones_own,
 ]  # fmt: skip
 
@@ -250,6 +254,12 @@ def to_v_ip_exchanged(scene: Scene) -> None:
     processor.to_v_ip[0] = nn.Linear(tiny_pipelines.CROSS_ATTENTION_DIM, scene.attention.inner_dim, bias=False)
 
 
+def to_v_ip_exchanged_and_kept(scene: Scene) -> None:
+    """By the user: that it is gone tells nobody."""
+    scene.kept = scene.attention.processor.to_v_ip[0]
+    to_v_ip_exchanged(scene)
+
+
 def all_of_to_k_ip_exchanged(scene: Scene) -> None:
     torch.manual_seed(7)
     keys = nn.Linear(tiny_pipelines.CROSS_ATTENTION_DIM, scene.attention.inner_dim, bias=False)
@@ -277,6 +287,11 @@ def a_weight_written_to(scene: Scene) -> None:
 def a_weight_of_the_image_projection_written_to(scene: Scene) -> None:
     with torch.no_grad():
         scene.unet.encoder_hid_proj.image_projection_layers[0].image_embeds.weight.mul_(2)
+
+
+def a_norm_of_the_image_projection_written_to(scene: Scene) -> None:
+    with torch.no_grad():
+        scene.unet.encoder_hid_proj.image_projection_layers[0].norm.weight[3] = 5
 
 
 def the_image_projection_exchanged(scene: Scene) -> None:
@@ -358,9 +373,11 @@ def everything_through_bfloat16(scene: Scene) -> None:
 
 CHANGES: list[Change] = [
     the_processors_replaced, one_processor_taken_from_another_unet, heads, heads_of_another_kind, the_output_factor,
-    a_residual_connection, to_k_exchanged, to_q_exchanged, to_v_ip_exchanged, all_of_to_k_ip_exchanged, a_bias,
-    a_weight_exchanged, data_of_a_weight_exchanged, a_weight_written_to, a_weight_of_the_image_projection_written_to,
-    the_image_projection_exchanged, a_scale_in_place, a_scale_of_another_kind, the_list_of_scales, a_list_of_plain_modules,
+    a_residual_connection, to_k_exchanged, to_q_exchanged, to_v_ip_exchanged, to_v_ip_exchanged_and_kept,
+    all_of_to_k_ip_exchanged, a_bias,
+    a_weight_exchanged, data_of_a_weight_exchanged, a_weight_written_to,
+    a_weight_of_the_image_projection_written_to, a_norm_of_the_image_projection_written_to, the_image_projection_exchanged,
+    a_scale_in_place, a_scale_of_another_kind, the_list_of_scales, a_list_of_plain_modules,
     to_out_written_to, dropout_exchanged, a_plain_list_in_the_place_of_to_out, a_hook_on_to_k_by_hand,
     a_hook_on_to_v_ip_by_hand, text_written_to, images_written_to, masks, autocast, everything_through_bfloat16,
     # of all layers at once
@@ -382,10 +399,15 @@ def closed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return found
 
 
-def played(change: Change, *, enabled: bool) -> list[Tensor]:
-    """Pictures of two steps before a change, and of three after it."""
+def nothing(scene: Scene) -> None:
+    pass
+
+
+def played(change: Change, *, enabled: bool, setup: Change = nothing) -> list[Tensor]:
+    """Pictures of two steps before a change, and of three after it. setup: before all of them."""
     with pytest.MonkeyPatch.context() as patches:
         scene = Scene(patches)
+        setup(scene)
         if enabled:
             ipa_kernels.enable(scene.unet, impl="eager")
         try:
@@ -400,11 +422,11 @@ def played(change: Change, *, enabled: bool) -> list[Tensor]:
                 handle.remove()
 
 
-def as_with_stock(change: Change) -> None:
-    expected, unchanged = played(change, enabled=False), played(lambda scene: None, enabled=False)
+def as_with_stock(change: Change, setup: Change = nothing) -> None:
+    expected, unchanged = (played(one, enabled=False, setup=setup) for one in (change, nothing))
     assert torch.equal(expected[1], unchanged[1])
     assert not torch.equal(expected[2], unchanged[2]), "the change makes no difference, so that this proves nothing"
-    equal = list(map(torch.equal, played(change, enabled=True), expected))
+    equal = list(map(torch.equal, played(change, enabled=True, setup=setup), expected))
     assert equal == [True] * 5
 
 
@@ -418,6 +440,17 @@ def test_what_comes_between_two_steps_and_edits_weights_in_the_middle_of_one(cha
 def test_what_is_changed_between_two_closed_steps(change: Change, closed: list[bool]) -> None:
     as_with_stock(change)
     assert closed[:2] == [True, True]
+
+
+def test_a_bias_written_to_between_two_closed_steps(closed: list[bool]) -> None:
+    """Such a projection is looked at by itself."""
+
+    def write(scene: Scene) -> None:
+        with torch.no_grad():
+            scene.attention.to_v.bias.mul_(2)
+
+    as_with_stock(write, setup=a_bias)
+    assert closed == [True] * 5
 
 
 def test_a_step_is_closed_again_when_what_was_foreign_is_gone(closed: list[bool]) -> None:
@@ -439,3 +472,14 @@ def test_a_function_replaced_between_two_closed_steps(closed: list[bool]) -> Non
 
     as_with_stock(change)
     assert closed == [True, True, False, False, False]
+
+
+def test_a_step_that_scales_loras_is_open(closed: list[bool]) -> None:
+    """Its forward scales their weights after they were looked at."""
+    with pytest.MonkeyPatch.context() as patches:
+        scene = Scene(patches)
+        ipa_kernels.enable(scene.unet, impl="eager")
+        for scale in (1, 1.0, 0.25, 1):
+            scene.options = {"scale": scale}
+            scene.step()
+    assert closed == [True, True, False, True]

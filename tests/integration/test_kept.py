@@ -367,12 +367,21 @@ def test_a_step_within_a_transform_of_torch_func_keeps_nothing() -> None:
         assert "torch.func" in report.cache_reason
 
 
-def test_nothing_is_kept_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+def captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """By anyone's code; ours says so to itself."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
+
+
+@pytest.mark.parametrize("how", [captured, traced])
+def test_nothing_is_kept_of_what_is_recorded(how: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     cache, text = ConditioningCache(), torch.zeros(2)
     with torch.no_grad():
         assert cache.open([text], ()) is not None
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        how(monkeypatch)
         assert cache.open([text], ()) is None
-    assert "CUDA graph" in cache.reason
+    assert cache.reason.startswith("recording: torch.jit.trace")

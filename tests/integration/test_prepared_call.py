@@ -18,6 +18,7 @@ from ipa_kernels.integration.processors import fused, unet
 from ipa_kernels.integration.state import ModelContext
 from ipa_kernels.kernels.launch import Launch
 
+from ..helpers.spies import AtLayers
 from ..helpers.steady import no_collection
 
 
@@ -328,10 +329,28 @@ def test_gradients_in_the_middle(bench: Bench) -> None:
         assert torch.equal(out, bench.stock())
 
 
+def test_gradients_in_the_middle_reach_all_weights(bench: Bench) -> None:
+    """Kept keys and values have none."""
+    weights = bench.attention.to_k.weight, bench.processor.to_v_ip[1].weight
+    with torch.enable_grad():
+        found, expected = (torch.autograd.grad(run().square().sum(), weights) for run in (bench, bench.stock))
+    assert all(map(torch.equal, found, expected))
+
+
 def test_a_processor_in_two_attentions(bench: Bench) -> None:
     first, second = bench.attention, Attention(64, cross_attention_dim=48, heads=2, dim_head=32, processor=bench.processor)
     for _ in range(3):
         for bench.attention in (first, second.eval()):
+            assert torch.equal(bench(), bench.stock())
+
+
+def test_two_processors_by_turns_in_one_attention(bench: Bench) -> None:
+    """As who perturbs attention puts another there and takes it back, in each step."""
+    other = IPAdapterAttnProcessor2_0(64, 48, [4, 4], [0.6, 0.8])
+    unet.install(other, "another", bench.context, [])
+    for _ in range(3):
+        for processor in (bench.processor, other):
+            bench.attention.set_processor(processor)
             assert torch.equal(bench(), bench.stock())
 
 
@@ -372,6 +391,22 @@ def test_a_write_while_the_first_call_computes(what: str, monkeypatch: pytest.Mo
     with torch.no_grad():
         bench()
         for _ in range(3):
+            assert torch.equal(bench(), bench.stock())
+    running_step.leave(bench.step)
+
+
+def test_a_scale_that_is_put_back_after_the_first_call() -> None:
+    """By another thread, before anyone compares again: what was computed with the one does not answer for the other."""
+    bench = Bench()
+
+    def exchange(name: str) -> None:
+        bench.processor.scale[0] = 0.1
+
+    with torch.no_grad():
+        with AtLayers(bench.attention, {"to_q"}, before=exchange):
+            bench()
+        bench.processor.scale[0] = 0.6
+        for _ in range(2):
             assert torch.equal(bench(), bench.stock())
     running_step.leave(bench.step)
 

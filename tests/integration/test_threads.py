@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import ipa_kernels
+from ipa_kernels.integration import running_step
 from ipa_kernels.testing import tiny_pipelines
 
 from ..helpers.adapters import seeded
@@ -288,6 +289,22 @@ def test_a_prepared_step_that_is_not_compiled_waits_for_no_other() -> None:
 
     found = in_threads(lambda: draw(pipe, 1), lambda: draw(other, 2))
     assert all(map(torch.equal, found, expected))
+
+
+def test_a_step_is_that_of_its_thread() -> None:
+    unet, _ = unets()
+    found: list[object] = []
+
+    def look(name: str) -> None:
+        found.append(running_step.THREAD.step)
+        found.extend(in_threads(lambda: running_step.THREAD.step))
+
+    prompt = Prompt(3)
+    with AtLayers(unet, {f"{LAYER}.to_q"}, look):
+        prompt.step(unet, prompt.sample, TIMES[0])
+    mine, other = found
+    assert isinstance(mine, running_step.Step)
+    assert other is None
 
 
 class Interrupts:

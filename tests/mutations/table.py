@@ -133,7 +133,7 @@ CONDITIONS = [
     Mutation(
         "a step that scales LoRAs is closed",
         HOOKS, " and step.lora_scale == 1", "",
-        f"{OF_CACHE}test_loras[base]",
+        f"{OF_CLOSED}test_a_step_that_scales_loras_is_open",
     ),
     Mutation(
         "the CUDA stream is not in the condition",
@@ -220,9 +220,9 @@ CLOSED = [
         f"{INTRUDER}[a_processor_of_ones_own]",
     ),
     Mutation(
-        "nn.Linear, patched, leaves a step closed",
+        "a patched method that a forward calls leaves a step closed",
         MODEL_GUARDS, "if type(function) is FunctionType and not is_own(function, _PACKAGES):", "if False:",
-        f"{BETWEEN}[Linear_forward]",
+        f"{INTRUDER}[UNet2DConditionModel_get_time_embed]",
     ),
     Mutation(
         "functions that layers call, replaced, leave a step closed",
@@ -247,7 +247,7 @@ CLOSED = [
     Mutation(
         "modules of adapters are not looked at before a closed step",
         GUARDS, "return len(in_place) == len(self._adapters) and all(", "return True or all(",
-        f"{BETWEEN}[to_v_ip_exchanged]",
+        f"{BETWEEN}[to_v_ip_exchanged_and_kept]",
     ),
     Mutation(
         "a bias that comes is not noticed before a closed step",
@@ -255,9 +255,9 @@ CLOSED = [
         f"{BETWEEN}[a_bias]",
     ),
     Mutation(
-        "what is no linear layer is not looked at before a closed step",
+        "a projection with a bias is not looked at before a closed step",
         GUARDS, " and all(part.matches() for part in self._others)", "",
-        f"{BETWEEN}[the_image_projection_exchanged]",
+        f"{OF_CLOSED}test_a_bias_written_to_between_two_closed_steps",
     ),
 ]  # fmt: skip
 
@@ -304,9 +304,9 @@ LAYERS = [
         f"{OF_CALL}test_scales_are_told_apart_by_type[unmasked-int]",
     ),
     Mutation(
-        "a processor is taken to be in one attention alone",
-        FUSED, "guard = layer.guards.get(id(attn))", "guard = next(iter(layer.guards.values()), None)",
-        f"{OF_CALL}test_a_processor_in_two_attentions[unmasked]",
+        "a processor that was put in the place of another finds what that ran",
+        FUSED, "guard is None or call.guard is not guard or", "guard is None or",
+        f"{OF_CALL}test_two_processors_by_turns_in_one_attention[unmasked]",
     ),
     Mutation(
         "keys, values and masks that were written to are taken",
@@ -321,7 +321,7 @@ LAYERS = [
     Mutation(
         "what changes while a layer's first call computes is not noticed",
         FUSED, "keeps.guard.check() and call.matches(hidden_states, states, masks, processor.scale)", "True",
-        f"{OF_CALL}test_a_write_while_the_first_call_computes[scale]",
+        f"{OF_CALL}test_a_scale_that_is_put_back_after_the_first_call",
     ),
 ]  # fmt: skip
 
@@ -336,7 +336,7 @@ OPEN = [
         "functions that are replaced are not looked at in an open step",
         FUSED,
         "if not guard.check() or is_anything_replaced(ours(processor).replaces, attn, masked):", "if not guard.check():",
-        f"{OF_CALL}test_what_changes_is_seen[unmasked-torch.nn.functional.scaled_dot_product_attention]",
+        f"{OF_CALL}test_what_changes_is_seen[unmasked-Linear.forward]",
     ),
     Mutation(
         "settings are not looked at in an open step",
@@ -346,11 +346,11 @@ OPEN = [
     Mutation(
         "modes are not looked at in an open step",
         FUSED, " and call.modes == modes_of(call.device.type)", "",
-        f"{OF_CALL}test_autocast_in_the_middle[unmasked]",
+        f"{OF_CALL}test_gradients_in_the_middle_reach_all_weights[unmasked]",
     ),
     Mutation(
         "a hook on to_q is not looked at in an open step",
-        FUSED, "(is_closed or not _is_hooked(attn.to_q))", "True",
+        FUSED, 'is_same = not _is_hooked(attn._modules.get("to_q")) and', "is_same =",
         f"{OF_CALL}test_what_changes_is_seen[unmasked-a_scale_set_while_to_q_runs]",
     ),
     Mutation(
@@ -365,12 +365,12 @@ NOTHING = [
     Mutation(
         "steps with gradients are kept",
         CACHE, "if torch.is_grad_enabled():", "if False:",
-        f"{OF_CACHE}test_gradients_and_inference_mode_are_not_remembered",
+        f"{OF_KEPT}test_the_report_says_why_values_are_not_kept[gradients]",
     ),
     Mutation(
         "steps that torch.jit traces are kept",
         CACHE, "traced = torch.jit.is_tracing()  # type: ignore[no-untyped-call]", "traced = False",
-        f"{OF_CACHE}test_a_recorded_step_holds_no_remembered_values",
+        f"{OF_KEPT}test_nothing_is_kept_of_what_is_recorded[traced]",
     ),
     Mutation(
         "steps within torch.func are kept",
@@ -387,7 +387,7 @@ NOTHING = [
     Mutation(
         "steps that are captured are kept",
         CACHE, "return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()", "return False",
-        f"{OF_KEPT}test_nothing_is_kept_while_a_graph_is_captured",
+        f"{OF_KEPT}test_nothing_is_kept_of_what_is_recorded[captured]",
     ),
     Mutation(
         "the report does not say what is not kept",
@@ -412,7 +412,7 @@ VERDICT = [
     Mutation(
         "threads share the step that runs",
         RUNNING, "class _Thread(threading.local):", "class _Thread:",
-        f"{OF_THREADS}test_steps_that_overlap_in_every_layer[nothing]",
+        f"{OF_THREADS}test_a_step_is_that_of_its_thread",
     ),
     Mutation(
         "a step that raises goes on",
@@ -461,7 +461,7 @@ STATIC_STORAGE = [
     Mutation(
         "the lock of an interrupted step is held for ever",
         LOCK, "[frame for frame in self._held if is_running(frame, self._owner)]", "list(self._held)",
-        f"{OF_INTERRUPTS}test_another_thread_draws_after_an_interrupt",
+        f"{OF_INTERRUPTS}test_another_thread_clears_after_an_interrupt",
     ),
     Mutation(
         "eager steps write tables of scales",
