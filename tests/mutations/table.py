@@ -231,32 +231,32 @@ CLOSED = [
     ),
     Mutation(
         "functions that the image projection calls, replaced, leave a step closed",
-        GUARDS, "return self._is_pure and all(map(runs_own_functions, self._called))", "return self._is_pure",
+        UNET_GUARD, "return self._is_pure and all(map(runs_own_functions, self._called))", "return self._is_pure",
         f"{OF_PATCHES}test_what_computes_a_remembered_value_is_replaced[after-functional.layer_norm]",
     ),
     Mutation(
         "weights are not looked at before a closed step",
-        GUARDS, "return self._match_layers() and self._match_weights() and", "return self._match_layers() and",
+        UNET_GUARD, "return self._match_layers() and self._match_weights() and", "return self._match_layers() and",
         f"{BETWEEN}[a_weight_written_to]",
     ),
     Mutation(
         "settings are not looked at before a closed step",
-        GUARDS, "return self._match_layers() and self._match_weights() and", "return self._match_weights() and",
+        UNET_GUARD, "return self._match_layers() and self._match_weights() and", "return self._match_weights() and",
         f"{BETWEEN}[heads]",
     ),
     Mutation(
         "modules of adapters are not looked at before a closed step",
-        GUARDS, "return len(in_place) == len(self._adapters) and all(", "return True or all(",
+        UNET_GUARD, "return len(in_place) == len(self._adapters) and all(", "return True or all(",
         f"{BETWEEN}[to_v_ip_exchanged_and_kept]",
     ),
     Mutation(
         "a bias that comes is not noticed before a closed step",
-        GUARDS, 'return not any(tensors["bias"] is not None for tensors in parameters)', "return True",
+        UNET_GUARD, 'return not any(tensors["bias"] is not None for tensors in parameters)', "return True",
         f"{BETWEEN}[a_bias]",
     ),
     Mutation(
         "a projection with a bias is not looked at before a closed step",
-        GUARDS, " and all(part.matches() for part in self._others)", "",
+        UNET_GUARD, " and all(part.matches() for part in self._others)", "",
         f"{OF_CLOSED}test_a_bias_written_to_between_two_closed_steps",
     ),
 ]  # fmt: skip
