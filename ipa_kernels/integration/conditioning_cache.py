@@ -111,19 +111,22 @@ class ConditioningCache:
         else:
             entry.is_new = False
         entry.last = self._steps
-        for source in entry.sources:
-            if source in self._sources:
-                self._sources[source].last = self._steps
+        # copies, here and below: threads share a UNet
+        for key_of_source in list(entry.sources):
+            source = self._sources.get(key_of_source)
+            if source is not None:
+                source.last = self._steps
         return entry
 
     def _new_entry(self, key: tuple[Any, ...], tensors: list[Tensor], settings: Hashable) -> Entry:
         self._drop(key)
-        by_age = sorted(self._entries, key=lambda other: self._entries[other].last)
-        for place, other in enumerate(by_age):
-            if self._steps - self._entries[other].last > UNUSED or len(by_age) - place >= ENTRIES:
+        by_age = sorted(self._entries.copy().items(), key=lambda item: item[1].last)
+        for place, (other, aged) in enumerate(by_age):
+            if self._steps - aged.last > UNUSED or len(by_age) - place >= ENTRIES:
                 self._drop(other)
-        for unused in [other for other, source in self._sources.items() if self._steps - source.last > UNUSED]:
-            self._drop_source(unused)
+        for place_of_source, source in self._sources.copy().items():
+            if self._steps - source.last > UNUSED:
+                self._drop_source(place_of_source)
         entry, cache = Entry(settings), weakref.ref(self)
 
         def forget(reference: Any) -> None:
@@ -145,7 +148,7 @@ class ConditioningCache:
         if entry is None:
             return
         entry.calls.clear()
-        others = set().union(*(other.sources for other in list(self._entries.values())))
+        others: set[int] = set().union(*(other.sources for other in list(self._entries.values())))
         for source in entry.sources - others:
             self._drop_source(source)
 

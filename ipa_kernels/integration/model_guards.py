@@ -87,7 +87,7 @@ class StructureGuard:
                     lambda unet, module=module, name=name: name in vars(module),
                 )
         for base in bases:
-            for name, function in vars(base).items():
+            for name, function in vars(base).copy().items():
                 if type(function) is FunctionType and not is_own(function, _PACKAGES):
                     return f"{base.__name__}.{name}", _always
         for kind in called:
@@ -123,7 +123,7 @@ class _Children:
 
 def _below(module: nn.Module, skipped: set[int]) -> Iterator[nn.Module]:
     """Every module below one, without those that are skipped and what is below these."""
-    for child in module._modules.values():
+    for child in list(module._modules.values()):
         if child is not None and id(child) not in skipped:
             yield child
             yield from _below(child, skipped)
@@ -136,7 +136,8 @@ def _package(kind: type) -> str:
 def _overridden(module: nn.Module) -> Iterator[str]:
     """The names under which a module has something of its own in the place of a function of its class."""
     kind = type(module)
-    for name, value in vars(module).items():
+    # copies: another thread may install, or set an attribute
+    for name, value in vars(module).copy().items():
         if callable(getattr(kind, name, None)) or (name == "_compiled_call_impl" and value is not None):
             yield name
 

@@ -63,7 +63,7 @@ class ModelContext:
 
     def prune(self) -> None:
         """Drop the guards of modules that are gone."""
-        self._guards = {key: guard for key, guard in self._guards.items() if guard.module is not None}
+        self._guards = {key: guard for key, guard in self._guards.copy().items() if guard.module is not None}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ModelContext, (self.impl, self.cache)

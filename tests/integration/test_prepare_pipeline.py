@@ -390,7 +390,7 @@ def test_an_interrupt_while_a_step_waits(monkeypatch: pytest.MonkeyPatch) -> Non
     prepare(pipe, ("base",))
     state = hooks.of(pipe.unet)
 
-    def interrupt(frame: Any) -> None:
+    def interrupt(frame: Any, waits: bool) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(state.lock, "acquire", interrupt)
