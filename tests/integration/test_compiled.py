@@ -134,7 +134,11 @@ def test_an_adapter_loaded_behind_a_graph_runs_stock_until_the_next_enable() -> 
     assert {layer.impl for layer in ipa_kernels.explain(compiled).layers} == {"eager"}
 
 
-@pytest.mark.parametrize("scales", [[[0.5, 0.7]], [["loud"]], [[0.5, 0.7, 0.9]]], ids=str)
+@pytest.mark.parametrize(
+    "scales",
+    [[["loud"]], *(pytest.param(scales, marks=pytest.mark.slow) for scales in ([[0.5, 0.7]], [[0.5, 0.7, 0.9]]))],
+    ids=str,
+)
 def test_scales_that_diffusers_refuses_are_refused(scales: Any) -> None:
     """By diffusers' own code, which is traced for them: they are no data."""
     compiled, twin = build("sd", ("base",)), build("sd", ("base",))
@@ -152,7 +156,9 @@ def test_scales_that_diffusers_refuses_are_refused(scales: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "scale", [np.float64(0.3), np.float32(0.3), True, torch.tensor(0.3)], ids=lambda scale: type(scale).__name__
+    "scale",
+    [np.float32(0.3), *(pytest.param(scale, marks=pytest.mark.slow) for scale in (np.float64(0.3), True, torch.tensor(0.3)))],
+    ids=lambda scale: type(scale).__name__,
 )
 def test_scales_that_are_no_python_numbers(scale: Any) -> None:
     compiled, twin = build("sd", ("base",)), build("sd", ("base",))

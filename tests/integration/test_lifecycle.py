@@ -140,7 +140,7 @@ SWITCHES = {
 steps = st.one_of(st.sampled_from(list(LOADS)), st.sampled_from(list(SWITCHES)), st.sampled_from(list(OPERATIONS)))
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.tuples(steps, st.booleans()), max_size=10))
 def test_any_sequence_of_operations_is_as_with_stock(sequence: list[tuple[str, bool]]) -> None:
     check_sequence(sequence)

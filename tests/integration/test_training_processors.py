@@ -214,7 +214,7 @@ def test_a_layer_trains_whichever_input_needs_it(needs: tuple[bool, bool, bool])
         assert processor._ipa_layer.impl == impl
 
 
-@pytest.mark.parametrize("impl", ["auto", "triton"])
+@pytest.mark.parametrize("impl", [pytest.param("auto", marks=pytest.mark.slow), "triton"])
 def test_in_a_compiled_graph(impl: str) -> None:
     """The kernel and its backward are one op each; the eager twin is differentiated by the compiler."""
     torch._dynamo.reset()
