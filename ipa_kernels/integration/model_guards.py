@@ -97,7 +97,8 @@ class StructureGuard:
         return "", _always
 
 
-_PACKAGES = (*AND_EXTRAS, "ipa_kernels", "huggingface_hub")
+# transformers puts a function on torch.nn.Module when it makes a model; no step runs it
+_PACKAGES = (*AND_EXTRAS, "ipa_kernels", "huggingface_hub", "transformers")
 _STANDARD = {"builtins", "collections", "typing", "abc", "enum"}
 
 
